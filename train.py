@@ -1,0 +1,1404 @@
+"""Train a language model: one dial, `--minutes`, and a folder that any Hugging Face library loads.
+
+    text → tokens → model → loss → gradients → optimizer → …  until the clock says stop
+
+    loss        −log p(next token), the mean over all tokens, in nats; in bits per byte it compares across tokenizers:
+                bits per byte = total nats / ln 2 / bytes of text
+    the dial    this machine's speed (FLOP/s, measured) × minutes = FLOPs to spend; they set the size of the model, and
+                the clock sets the learning rate: constant, then falling in a line to a twentieth by the end
+    Muon        for matrices. A gradient's few large directions drown the rest; the momentum M = U Σ Vᵀ is replaced by
+                U Vᵀ, all directions alike, by a few steps of X ← aX + (b XXᵀ + c (XXᵀ)²) X (Newton–Schulz), products
+                only. Jordan 2024, kellerjordan.github.io/posts/muon; coefficients: Polar Express, arXiv 2505.16932
+    AdamW       for all else (embedding, head, gains): arXiv 1711.05101
+
+What lies in the folder afterwards: config.json, model.safetensors and tokenizer.json (a Qwen3, for infer.py and for any
+library that reads those), state.pt (all that `--resume` needs), log.jsonl and loss.png.
+"""
+import time
+
+START = time.monotonic()                                                     # --minutes counts from here, imports included
+
+import argparse
+import bz2
+import codeop
+import contextlib
+import glob
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import tempfile
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import tiktoken
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy, rotary_inv_freq
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, exit code 2."""
+
+
+# --- 1. The machine and the dial ---------------------------------------------------------------------------------------
+
+@dataclass
+class Machine:
+    """What this machine can do: matmul FLOP/s by dtype, memory bytes/s, measured."""
+    device: str
+    flops: dict                                                              # {torch.dtype: FLOP/s}
+    bandwidth: float                                                         # bytes/s, read
+
+
+def measure(device=None, seconds=0.6):
+    """Measure this machine's matmul peak (float32, bfloat16; float16 on GPUs) and memory bandwidth → Machine.
+
+    Each figure is the best of repeated tries within `seconds` in all: a peak is what the machine reaches undisturbed.
+    """
+    device = pick_device(device)
+    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.split(":")[0], lambda: None)
+
+    def best(work, share):
+        times, end = [], time.perf_counter() + share * seconds
+        while not times or time.perf_counter() < end:
+            t = time.perf_counter()
+            work()
+            sync()
+            times.append(time.perf_counter() - t)
+        return min(times)
+
+    flops = {}
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device != "cpu" else [])
+    for dtype in dtypes:
+        flops[dtype] = 0.0
+        for n in (128, 1024) if device == "cpu" else (4096,):                # where 128 is slow, 1024 would take seconds
+            a, b = torch.randn(2, n, n, device=device).to(dtype)
+            if n == 1024 and flops[dtype] < flops[torch.float32] / 8:
+                break
+            a @ b
+            flops[dtype] = max(flops[dtype], 2 * n ** 3 / best(lambda: a @ b, 0.15))
+    big = torch.ones(2 ** 25 if device == "cpu" else 2 ** 28, device=device)  # 128 MB: beyond any CPU's caches
+    return Machine(device, flops, big.numel() * 4 / best(big.sum, 0.3))
+
+
+def pick_device(device=None):
+    """The device to use: the one asked for, else CUDA, else MPS, else the CPU. UserError if it is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(str(device).split(":")[0]):
+        raise UserError(f"--device {device}: not on this machine; it has {', '.join(d for d in there if there[d])}")
+    return str(device)
+
+
+# How many FLOPs a run has → the shape that spent them best (the README has the table). Vocabulary counts for bpe only.
+SHAPES = [   # FLOPs up to, layers, dim, context, batch, vocab
+    (2e11, 2, 64, 64, 8, 512),
+    (1.5e12, 3, 128, 128, 8, 1024),
+    (6e12, 4, 128, 256, 8, 2048),
+    (3e13, 4, 192, 256, 8, 4096),
+    (2e14, 6, 256, 256, 16, 4096),
+    (2e15, 8, 384, 512, 16, 8192),
+    (1e17, 10, 512, 512, 32, 16384),
+    (5e18, 12, 768, 1024, 128, 32768),
+    (math.inf, 24, 1024, 2048, 256, 32768),
+]
+
+
+def shape_for(flops):
+    """FLOPs to spend → dict of layers, dim, context, batch, vocab."""
+    row = next(row for row in SHAPES if flops <= row[0])
+    return dict(layers="a" * row[1], dim=row[2], context=row[3], batch=row[4], vocab=row[5])
+
+
+# --- 2. Text and tokens ------------------------------------------------------------------------------------------------
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How text is cut before pairs are merged: a line break with the indentation after it, a word with the space before it,
+# up to three digits, punctuation, spaces. All classes are plain, so that every regex engine reads the pattern alike, and
+# all runs are bounded, so that no input makes a long piece.
+PATTERN = (r"""\r?\n[ \t]{0,64}| ?[A-Za-z_\x{80}-\x{10ffff}]{1,64}| ?[0-9]{1,3}"""
+           r"""| ?[!-/:-@\[-^`{-~]{1,32}|[ \t]{1,64}|[\x{0}-\x{7f}]""")
+
+
+class Tokenizer:
+    """A folder's tokenizer.json: text ↔ ids. Ours run on tiktoken, others on the `tokenizers` library as they are."""
+
+    def __init__(self, source, eos_ids=None):
+        """source: the text of a tokenizer.json; eos_ids: the ids that end a text, if the folder's configuration has them."""
+        try:
+            self.library = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:                                           # the library raises bare Exceptions
+            raise UserError(f"tokenizer.json is not one that the tokenizers library reads: {error}") from None
+        self.source, spec = source, json.loads(source)
+        self.added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or [] if t["special"]}
+        self.vocab_size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_ids = list(eos_ids) if eos_ids else [self.special[END_OF_TEXT]] if END_OF_TEXT in self.special else []
+        self.fast, self.chars, self._bytes = None, None, {}
+        model, cut = spec["model"], (spec.get("pre_tokenizer") or {}).get("pretokenizers", [{}])[0].get("pattern")
+        if cut == {"Regex": PATTERN} and spec.get("normalizer") is None:     # one of ours
+            ranks = {_from_byte_level(t): i for t, i in model["vocab"].items()}
+            self.fast = tiktoken.Encoding("twin", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+        elif model["type"] == "WordLevel" and all(len(t) == 1 for t in model["vocab"]):
+            self.chars = model["vocab"]
+        self.byte_level = "ByteLevel" in str(spec.get("decoder"))
+        framed, plain = (self.library.encode("a", add_special_tokens=frame).ids for frame in (True, False))
+        self.start_ids = framed[:framed.index(plain[0])] if plain and plain[0] in framed else []       # the folder's own start token
+
+    def encode(self, text, special=False):
+        """text → list of ids. Special tokens written in the text are plain text unless `special`; nothing is added."""
+        text = mend(text)
+        if self.fast:
+            return self.fast.encode(text, allowed_special="all") if special else self.fast.encode_ordinary(text)
+        if self.chars:
+            return self._encode_chars(text, special)
+        self.library.encode_special_tokens = not special
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        """texts → list of arrays of ids, on all cores."""
+        if self.fast:
+            rows = self.fast.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        elif self.chars:
+            rows = [self._encode_chars(text, False) for text in texts]
+        else:
+            self.library.encode_special_tokens = True
+            rows = [e.ids for e in self.library.encode_batch(texts, add_special_tokens=False)]
+        return [np.asarray(row, dtype=np.uint32) for row in rows]
+
+    def _encode_chars(self, text, special):
+        parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if special and self.special else [text]
+        ids = []
+        for part in parts:
+            if special and part in self.special:
+                ids.append(self.special[part])
+            else:
+                try:
+                    ids.extend(map(self.chars.__getitem__, part))
+                except KeyError as error:
+                    char = error.args[0]
+                    raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.chars)} of "
+                                    "this tokenizer (--tokenizer chars knows the characters of its training data)") from None
+        return ids
+
+    def decode(self, ids):
+        """ids → str; bytes that are no UTF-8 become U+FFFD; special tokens are kept; an id without a token is ''."""
+        if self.fast or self.chars:
+            return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return self.library.decode([i for i in ids if self.library.id_to_token(i) is not None], skip_special_tokens=False)
+
+    def token_bytes(self, id):
+        """The bytes that a token stands for (b'' for an id without one)."""
+        if id not in self._bytes:
+            token = self.library.id_to_token(id)
+            if token is None:
+                self._bytes[id] = b""
+            elif self.chars or token in self.added:
+                self._bytes[id] = token.encode("utf-8", errors="replace")
+            elif self.byte_level:
+                self._bytes[id] = _from_byte_level(token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):                     # SentencePiece's byte fallback
+                self._bytes[id] = bytes([int(token[3:5], 16)])
+            else:
+                self._bytes[id] = token.replace("▁", " ").encode()
+        return self._bytes[id]
+
+
+def mend(text):
+    """Proper surrogate pairs are joined, a lone surrogate becomes U+FFFD: after this every text can be encoded."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace")
+
+
+def _byte_level_alphabet():
+    """GPT-2's printable stand-in for each of the 256 bytes, as tokenizer.json writes them: {char: byte}."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
+
+
+BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _from_byte_level(token):
+    return bytes(map(BYTE_LEVEL.__getitem__, token))
+
+
+def _byte_level_tokenizer(vocab, merges, pattern):
+    """A byte-level BPE of the tokenizers library: vocab {token: id}, merges [(left, right)] in order."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def make_tokenizer(kind, vocab, texts):
+    """Build the tokenizer that --tokenizer names → Tokenizer. `texts`: a list of str, for bpe and chars."""
+    alphabet = {char: i for i, char in enumerate(sorted(BYTE_LEVEL))}
+    if kind == "bpe":
+        if vocab < 257:
+            raise UserError(f"--vocab {vocab}: a byte-level vocabulary holds 256 bytes and {END_OF_TEXT}, so at least 257")
+        tokenizer = _byte_level_tokenizer(alphabet, [], PATTERN)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab - 1, show_progress=False,
+                                                 initial_alphabet=sorted(BYTE_LEVEL))
+        tokenizer.train_from_iterator(texts, trainer)
+    elif kind == "bytes":
+        tokenizer = _byte_level_tokenizer(BYTE_LEVEL, [], PATTERN)           # the id of a byte is its value
+    elif kind == "chars":
+        chars = sorted(set().union(*map(set, texts)))
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token=""))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+        tokenizer.decoder = tokenizers.decoders.Fuse()
+    else:
+        return tiktoken_tokenizer(kind)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(tokenizer.to_str())
+
+
+def tiktoken_tokenizer(name):
+    """tiktoken's own `gpt2` or `o200k_base` as a tokenizer.json. UserError where neither network nor cache has it."""
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:
+        raise UserError(f"--tokenizer {name}: tiktoken needs the network once to fetch it ({type(error).__name__}); use "
+                        "--tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+    ranks = encoding._mergeable_ranks
+    to_char = {byte: char for char, byte in BYTE_LEVEL.items()}
+    spell = lambda token: "".join(map(to_char.__getitem__, token))
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:                                                   # every pair that makes it: tiktoken knows no other rule
+            merges += [(spell(token[:i]), spell(token[i:])) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    tokenizer = _byte_level_tokenizer({spell(t): r for t, r in ranks.items()}, merges, encoding._pat_str)
+    tokenizer.add_special_tokens(list(encoding._special_tokens))
+    return Tokenizer(tokenizer.to_str())
+
+
+def find_files(data):
+    """--data (None: the Python standard library) → (root, files in order). UserError where there are none."""
+    if data is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        left_out = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test", "lib2to3"}
+        return root, sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+    path = Path(data).expanduser()
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file()
+                       and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if not files:
+            raise UserError(f"--data {data}: the folder holds no files")
+        return path, files
+    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not files:
+        raise UserError(f"--data {data}: there is no such file or folder, and no file that matches")
+    return Path(os.path.commonpath([p.parent for p in files])), files
+
+
+def read_text(path):
+    """A file's text: UTF-8, without a byte-order mark, line ends as they are. UserError with file and offset."""
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8), or train on raw bytes "
+                        "with --tokenizer bytes") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@dataclass
+class Corpus:
+    """Tokens on disk: `train` and `val` are flat memmaps; the rest describes the text they came from."""
+    tokenizer: Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+    files: int
+    train_bytes: int
+    val_bytes: int
+    folder: Path
+
+
+def cache_folder():
+    """Where tokenized corpora are kept from run to run: $TWIN_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("TWIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
+
+
+def validation_files(root, files):
+    """One file in ten by a hash of its path (at least one): on the same side on every machine, in every run."""
+    keys = {p: int(hashlib.sha256(p.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for p in files}
+    chosen = {p for p in files if keys[p] % 10 == 0}
+    return chosen if chosen and len(chosen) < len(files) else {min(files, key=keys.get)}
+
+
+def documents(root, files, read):
+    """Yield (is validation, text, whether a document ends here). One single file: its last tenth is for validation."""
+    if len(files) == 1:
+        whole = read(files[0])
+        cut = len(whole) * 9 // 10
+        yield False, whole[:cut], False
+        yield True, whole[cut:], True
+    else:
+        chosen = validation_files(root, files)
+        for path in files:
+            yield path in chosen, read(path), True
+
+
+def load_corpus(data, kind, vocab, tokenizer=None):
+    """--data and a kind of tokenizer → Corpus. Tokens are written once and kept in the cache folder.
+
+    `tokenizer` (of a folder that training starts from) is used instead of building one of the kind.
+    """
+    root, files = find_files(data)
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    recipe = tokenizer.source if tokenizer else [kind, vocab if kind == "bpe" else None, PATTERN]
+    key = hashlib.sha256(json.dumps([str(root.resolve()), stamp, recipe]).encode()).hexdigest()[:24]
+    folder = cache_folder() / key
+    if not (folder / "about.json").exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError as error:
+            raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set TWIN_CACHE to a folder that can "
+                            "hold the tokens") from None
+        try:
+            write_tokens(made, root, files, kind, vocab, tokenizer)
+            with contextlib.suppress(OSError):                               # another run was quicker: its work is the same
+                made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    tokenizer = tokenizer or Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parts = {}
+    for part in ("train", "val"):
+        size = (folder / f"{part}.bin").stat().st_size
+        parts[part] = np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if size else np.zeros(0, about["dtype"])
+    return Corpus(tokenizer, parts["train"], parts["val"], len(files), about["train_bytes"], about["val_bytes"], folder)
+
+
+def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
+    """Tokenize `files` into folder: train.bin, val.bin, val.txt (for the compressors), tokenizer.json, about.json."""
+    read = (lambda path: path.read_bytes()) if kind == "bytes" and not tokenizer else read_text
+    total = sum(p.stat().st_size for p in files)
+    if total == 0:
+        raise UserError(f"the data holds no text: {files[0] if len(files) == 1 else root} is empty")
+    if tokenizer is None:
+        texts = [text for val, text, _ in documents(root, files, read) if not val] if kind in ("bpe", "chars") else []
+        if kind == "chars":                                                  # a character of the last tenth is known too
+            texts = [text for _, text, _ in documents(root, files, read)]
+        if kind == "bpe" and total > 2 ** 25:                                # 32 MB, evenly spread, teach all the merges
+            texts = [text[:max(1, len(text) * 2 ** 25 // total)] for text in texts]
+        tokenizer = make_tokenizer(kind, vocab, texts)
+        if kind == "bpe" and tokenizer.vocab_size < vocab:
+            print(f"  the text gives only {tokenizer.vocab_size} tokens, fewer than --vocab {vocab}")
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+    end = np.asarray(tokenizer.eos_ids[:1], dtype)
+    sizes, batch, waiting = {"train": 0, "val": 0}, [], 0
+    with contextlib.ExitStack() as stack:
+        out = {part: stack.enter_context(open(folder / f"{part}.bin", "wb")) for part in sizes}
+        val_text = stack.enter_context(open(folder / "val.txt", "wb"))
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokens", leave=False, **quiet_bar()))
+
+        def flush():
+            nonlocal batch, waiting
+            texts = [text for _, text, _ in batch]
+            rows = [np.frombuffer(t, np.uint8) for t in texts] if texts and isinstance(texts[0], bytes) else tokenizer.encode_batch(texts)
+            for (val, text, ends), row in zip(batch, rows):
+                raw = text if isinstance(text, bytes) else text.encode("utf-8")
+                part = "val" if val else "train"
+                row.astype(dtype).tofile(out[part])
+                if ends:
+                    end.tofile(out[part])
+                sizes[part] += len(raw)
+                if val and val_text.tell() < 2 ** 24:
+                    val_text.write(raw)
+                bar.update(len(raw))
+            batch, waiting = [], 0
+
+        for val, text, ends in documents(root, files, read):
+            for piece, last in pieces(text):
+                batch.append((val, piece, ends and last))
+                waiting += len(piece)
+                if waiting > 2 ** 21:
+                    flush()
+        flush()
+    (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(dict(dtype=dtype.name, train_bytes=sizes["train"], val_bytes=sizes["val"])), encoding="utf-8")
+
+
+def pieces(text, size=2 ** 20):
+    """Cut a long text after line breaks into pieces of about `size`: (piece, whether it is the last)."""
+    start = 0
+    while len(text) - start > size:
+        newline = text.rfind(b"\n" if isinstance(text, bytes) else "\n", start, start + size)
+        stop = newline if newline > start else start + size                 # a line break begins a piece, as in PATTERN
+        yield text[start:stop], False
+        start = stop
+    yield text[start:], True
+
+
+def quiet_bar():
+    """tqdm's options: on a terminal ten times a second, in a log file every ten seconds."""
+    return dict(file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+
+
+def compressors(text):
+    """Bits per byte that the standard library's compressors need for `text` (bytes) → {name: bits per byte}."""
+    packed = {"zlib -9": zlib.compress(text, 9), "bz2 -9": bz2.compress(text, 9), "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}
+    return {name: 8 * len(data) / max(len(text), 1) for name, data in packed.items()}
+
+
+# --- 3. The model, and folders in and out ------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """What `Model` is built from; `raw` is the config.json it was read from, and is written back."""
+    model_type: str
+    layers: str                                                              # a letter a block: a = attention + MLP
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    context: int
+    windows: list                                                            # a window or None for each layer
+    inv_freq: torch.Tensor
+    rotary_factor: float = 1.0
+    eps: float = 1e-6
+    tied: bool = False
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    eos_ids: list = field(default_factory=list)
+    raw: dict = field(default_factory=dict)
+
+
+def qwen3_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, rope_theta=10000.0, tied=False):
+    """The config.json of a model of ours, a Qwen3 → dict."""
+    return dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", layers=layers, hidden_size=dim, head_dim=dim // heads,
+        intermediate_size=-(-8 * dim // 3 // 32) * 32, num_hidden_layers=len(layers), num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=context, hidden_act="silu",
+        rms_norm_eps=1e-6, attention_bias=False, use_sliding_window=False, sliding_window=None, tie_word_embeddings=tied,
+        rope_theta=rope_theta, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=rope_theta),
+        bos_token_id=None, eos_token_id=eos_ids[0] if len(eos_ids) == 1 else eos_ids or None, dtype="float32", torch_dtype="float32")
+
+
+KINDS = {   # model_type: what its config.json may leave out (None: the number of heads; "quotient": dim / heads)
+    "qwen3": dict(kv_heads=32, head_dim=128, windowed=True, qk_norm=True),
+    "qwen2": dict(kv_heads=32, head_dim="quotient", windowed=True, qk_norm=False),
+    "llama": dict(kv_heads=None, head_dim="quotient", windowed=False, qk_norm=False),
+    "mistral": dict(kv_heads=8, head_dim="quotient", windowed=False, qk_norm=False),
+}
+
+
+def parse_config(raw, generation=None):
+    """config.json (and generation_config.json) of a Qwen3, Qwen2, Llama or Mistral folder, any dialect → Config.
+
+    UserError names what is not supported: nothing is loaded that would compute something else.
+    """
+    kind = raw.get("model_type")
+    if kind not in KINDS:
+        raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
+    defaults, missing = KINDS[kind], [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+                                                  "vocab_size") if not isinstance(raw.get(k), int)]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+
+    def refuse(key, why):
+        raise UserError(f"config.json: {key} = {json.dumps(raw.get(key))} is not supported: {why}")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "only silu")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "only folders of plain weights")
+    dim, heads, n = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
+    head_dim = raw.get("head_dim") or (dim // heads if defaults["head_dim"] == "quotient" or "head_dim" in raw else defaults["head_dim"])
+    kv_heads = raw.get("num_key_value_heads", defaults["kv_heads"] or heads) or heads
+    if heads % kv_heads:
+        refuse("num_key_value_heads", f"it must divide the {heads} heads")
+    if head_dim % 2:
+        refuse("head_dim", "rotary needs an even head size")
+    layers = raw.get("layers", "a" * n)
+    if len(layers) != n or set(layers) - {"a"}:
+        refuse("layers", f"{n} blocks of kind 'a' are known")
+
+    window = raw.get("sliding_window", 4096 if defaults["windowed"] or kind == "mistral" else None)
+    if kind == "llama" or defaults["windowed"] and not raw.get("use_sliding_window", False):
+        window = None
+    first = raw.get("max_window_layers", 28) if defaults["windowed"] else 0
+    types = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
+    if len(types) != n or set(types) - {"sliding_attention", "full_attention"}:
+        refuse("layer_types", f"one of full_attention and sliding_attention for each of the {n} layers")
+    inv_freq, factor = parse_rope(raw, head_dim)
+    bias = bool(raw.get("attention_bias", raw.get("bias", False))) and kind in ("llama", "qwen3")
+    ids = [(source or {}).get("eos_token_id") for source in (raw, generation)]
+    eos_ids = sorted({i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])})
+    return Config(
+        model_type=kind, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        hidden=raw["intermediate_size"], vocab=raw["vocab_size"], context=raw.get("max_position_embeddings", 2048),
+        windows=[window if t == "sliding_attention" else None for t in types], inv_freq=inv_freq, rotary_factor=factor,
+        eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)), qk_norm=defaults["qk_norm"],
+        qkv_bias=bias or kind == "qwen2", out_bias=bias, mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+        eos_ids=eos_ids, raw=raw)
+
+
+def parse_rope(raw, D):
+    """The rotary wavelengths of a config.json, old keys (rope_theta, rope_scaling) and new (rope_parameters) merged.
+
+    → inv_freq [D/2] float32, and the factor on cos and sin. Scalings: linear, llama3, yarn (arXiv 2309.00071).
+    """
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    base = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("config.json: rope_parameters of its own for each layer type is not supported")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
+        raise UserError("config.json: partial_rotary_factor is not supported: only heads that rotate whole")
+    inv_freq = base ** (-np.arange(0, D, 2) / D)
+    length = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 2048)
+    factor = rope.get("factor") or raw.get("max_position_embeddings", length) / length
+    attention_factor = 1.0
+    if kind == "linear":
+        inv_freq = inv_freq / factor
+    elif kind == "llama3":                                                   # long waves slowed, short ones kept, a ramp between
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = length * inv_freq / (2 * math.pi)                            # turns within the original context
+        ramp = np.clip((turns - low) / (high - low), 0, 1)
+        inv_freq = (1 - ramp) * inv_freq / factor + ramp * inv_freq
+    elif kind == "yarn":
+        def dimension(turns):                                                # the pair that turns that often in `length`
+            return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+        low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        ramp = np.clip((np.arange(D // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+        inv_freq = ramp * inv_freq / factor + (1 - ramp) * inv_freq
+
+        def scale(m=1.0):
+            return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+        attention_factor = rope.get("attention_factor")
+        if attention_factor is None:
+            m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+            attention_factor = scale(m) / scale(m_all) if m and m_all else scale()
+    elif kind != "default":
+        raise UserError(f"config.json: rotary scaling {kind!r} is not supported; supported are default, linear, llama3, yarn")
+    return torch.tensor(inv_freq, dtype=torch.float32), float(attention_factor)
+
+
+class Model(nn.Module):
+    """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block, see `new_states`."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        rotary = Rotary(c.inv_freq, c.rotary_factor)
+        self.embed = nn.Embedding(c.vocab, c.dim)
+        self.blocks = nn.ModuleList(
+            Block(Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps),
+                  MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) for window in c.windows)
+        self.norm = RMSNorm(c.dim, c.eps)
+        self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        if c.tied:
+            self.head.weight = self.embed.weight
+
+    def hidden(self, tokens, positions=None, states=None):
+        """tokens [B, T] → what the head reads, [B, T, C]. positions [T] or [B, T]; 0 … T − 1 if None."""
+        x = self.embed(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
+            x = block(x, positions, state)
+        return self.norm(x)
+
+    def forward(self, tokens, positions=None, states=None):
+        return self.head(self.hidden(tokens, positions, states))
+
+    def new_states(self, B, capacity):
+        """Empty states for B sequences of up to `capacity` tokens → a list, one a block."""
+        c, w = self.config, self.embed.weight
+        return [KVCache(B, c.kv_heads, capacity, c.head_dim, w.dtype, w.device) for _ in self.blocks]
+
+    def matrices(self):
+        """The hidden matrices, as (parameter, first row, last row): fused ones in the parts that mean something."""
+        for block in self.blocks:
+            a = block.attention
+            H, G = a.H * a.D, a.G * a.D
+            yield from ((a.qkv.weight, i, j) for i, j in ((0, H), (H, H + G), (H + G, H + 2 * G)))
+            half = block.mlp.down.weight.shape[1]
+            yield from ((block.mlp.gate_up.weight, i, j) for i, j in ((0, half), (half, 2 * half)))
+            yield from ((w, 0, len(w)) for w in (a.out.weight, block.mlp.down.weight))
+
+    def initialize(self, seed):
+        """Random weights: outputs of blocks and head start at zero, so the first step sees a clean gradient."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, w in self.named_parameters():
+                if w.ndim == 1:
+                    w.fill_(0.0 if name.endswith("bias") else 1.2 if name.endswith(("q_norm", "k_norm")) else 1.0)
+                elif name == "embed.weight":
+                    w.copy_(torch.randn(w.shape, generator=generator) * EMBED_STD)
+                elif name.endswith(("qkv.weight", "gate_up.weight")):
+                    w.copy_((torch.rand(w.shape, generator=generator) * 2 - 1) * (INIT_SCALE * (3 / w.shape[1]) ** 0.5))
+                else:
+                    w.zero_()
+        return self
+
+
+EMBED_STD, INIT_SCALE = 1.0, 0.7
+
+
+def folder_tensors(model):
+    """The model's weights under their Hugging Face names, as views: written to save, filled to load → {name: tensor}."""
+    c, named = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    if not c.tied:
+        named["lm_head.weight"] = model.head.weight
+    H, G = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    for i, block in enumerate(model.blocks):
+        a, mlp, at = block.attention, block.mlp, f"model.layers.{i}."
+        named[at + "input_layernorm.weight"] = block.attention_norm.weight
+        named[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
+        if c.qk_norm:
+            named[at + "self_attn.q_norm.weight"], named[at + "self_attn.k_norm.weight"] = a.q_norm, a.k_norm
+        for names, linear, rows in ((("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), a.qkv, (H, G, G)),
+                                    (("self_attn.o_proj",), a.out, (c.dim,)),
+                                    (("mlp.gate_proj", "mlp.up_proj"), mlp.gate_up, (c.hidden, c.hidden)),
+                                    (("mlp.down_proj",), mlp.down, (c.dim,))):
+            for kind, tensor in linear.named_parameters():
+                for name, part in zip(names, tensor.split(rows)):
+                    named[f"{at}{name}.{kind}"] = part
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def read_json(path):
+    """A JSON file → dict; {"__float__": "Infinity"} is that number. UserError names the file."""
+    def hook(d):
+        return float(d["__float__"].replace("Infinity", "inf")) if set(d) == {"__float__"} else d
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=hook)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
+                        "(python train.py makes one)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def shards(folder):
+    """{tensor name: file} of a folder. The files that an index names win; if one is missing, a whole file stands in."""
+    folder = Path(folder)
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        listed = read_json(index).get("weight_map") or {}
+        if any(not isinstance(f, str) or Path(f).name != f for f in listed.values()):
+            raise UserError(f"{index}: names a file outside its folder")
+        missing = sorted({f for f in listed.values() if not (folder / f).is_file()})
+        if not missing:
+            return {name: folder / file for name, file in listed.items()}
+        if not whole.exists():
+            raise UserError(f"{folder / missing[0]}: not there, though {index.name} names it; the download is incomplete")
+    if not whole.exists():
+        raise UserError(f"{whole}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
+                        "(python train.py makes one)")
+    with open_shard(whole) as f:
+        return dict.fromkeys(f.keys(), whole)
+
+
+def open_shard(path):
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: incomplete or not a safetensors file ({error}); copy or download it again") from None
+
+
+def load_weights(model, folder):
+    """Fill the model from a folder's safetensors. UserError names a tensor that is missing, left over or misshapen."""
+    wanted, files = folder_tensors(model), shards(folder)
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq") or model.config.tied and name == "lm_head.weight"}
+    for problem, names in (("is not in the files", wanted.keys() - files.keys()),
+                           ("has no place in this architecture", files.keys() - wanted.keys() - ignored)):
+        if names:
+            raise UserError(f"{folder}: the tensor {min(names)} {problem}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
+    for path in sorted(set(files.values())):
+        with open_shard(path) as f:
+            for name in sorted(n for n, p in files.items() if p == path and n in wanted):
+                if name not in f.keys():
+                    raise UserError(f"{path}: the tensor {name} is not in it, though the index says so")
+                shape = f.get_slice(name).get_shape()
+                if list(shape) != list(wanted[name].shape):
+                    raise UserError(f"{path}: the tensor {name} is {shape}, config.json says {list(wanted[name].shape)}")
+                wanted[name].copy_(f.get_tensor(name))
+
+
+def empty_model(config, dtype=torch.float32, device="cpu"):
+    """A model whose weights are yet to be filled."""
+    with torch.device("meta"):
+        model = Model(config)
+    return model.to(dtype).to_empty(device=device)
+
+
+def load(folder, device=None, dtype=None):
+    """A folder of weights (ours, or Hugging Face's Qwen3, Qwen2, Llama, Mistral) → (model, tokenizer), ready to run.
+
+    dtype: a torch.dtype or its name; None: float32 on a CPU, else the folder's own. UserError says what is wrong.
+    """
+    folder, device = Path(folder), pick_device(device)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder (python train.py makes out/)")
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    config = parse_config(raw, read_json(generation) if generation.exists() else None)
+    dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = empty_model(config, dtype, device)
+    load_weights(model, folder)
+    return model.eval(), load_tokenizer(folder, config.eos_ids)
+
+
+def load_tokenizer(folder, eos_ids=None):
+    """A folder's tokenizer.json → Tokenizer."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"), eos_ids)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; other tokenizer files are not read (transformers can save one)") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Write a file beside `path` and rename it at the end: whoever reads finds the old one or the new one, whole."""
+    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        yield beside
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(model, tokenizer, folder):
+    """Write config.json, tokenizer.json and model.safetensors: a Hugging Face folder."""
+    folder = Path(folder)
+    for name, text in (("config.json", json.dumps(model.config.raw, indent=2)), ("tokenizer.json", tokenizer.source)):
+        with replacing(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+    with replacing(folder / "model.safetensors") as path:
+        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in folder_tensors(model).items()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+# --- 4. Optimizer and schedule -----------------------------------------------------------------------------------------
+
+LR = 0.02                                                                    # Muon's; the others keep their ratio to it
+ADAM_LR = {"embed": 0.3, "head": 0.006, "gain": 0.003}
+WEIGHT_DECAY = 0.1
+POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061))
+
+
+def orthogonalize(x):
+    """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each. Newton–Schulz with Polar Express's coefficients."""
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)        # singular values within 0 … 1
+    for a, b, c in POLAR_EXPRESS:
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Optimizer:
+    """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's."""
+
+    def __init__(self, model, lr=LR):
+        self.lr, self.stacks = lr, {}
+        hidden = set()
+        for weight, i, j in model.matrices():
+            hidden.add(weight)
+            tall = j - i > weight.shape[1]                                   # worked on lying, rows ≤ cols
+            shape = (weight.shape[1], j - i) if tall else (j - i, weight.shape[1])
+            self.stacks.setdefault(shape, []).append((weight, i, j, tall))
+        device = next(model.parameters()).device
+        self.momentum = {shape: torch.zeros(len(parts), *shape, device=device) for shape, parts in self.stacks.items()}
+        groups = {"embed": [], "head": [], "gain": []}
+        for name, weight in model.named_parameters():
+            if weight not in hidden:
+                groups["embed" if name.startswith("embed") else "head" if name.startswith("head") else "gain"].append(weight)
+        self.adam = torch.optim.AdamW([dict(params=weights, lr=ADAM_LR[kind] * lr / LR, rate=ADAM_LR[kind] * lr / LR)
+                                       for kind, weights in groups.items() if weights],
+                                      betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+
+    @torch.no_grad()
+    def step(self, scale, momentum=0.95):
+        """One update; `scale` is the schedule's share of the full learning rate."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * scale
+        self.adam.step()
+        for shape, parts in self.stacks.items():
+            views = [w[i:j].mT if tall else w[i:j] for w, i, j, tall in parts]
+            g = torch.stack([w.grad[i:j].mT if tall else w.grad[i:j] for w, i, j, tall in parts])
+            m = self.momentum[shape].lerp_(g, 1 - momentum)
+            update = orthogonalize(g.lerp_(m, momentum))                     # Nesterov: a step ahead of the mean
+            for view, u, (_, i, j, tall) in zip(views, update, parts):
+                rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
+                decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)       # cautious: only where both pull the same way
+                view.sub_(view * decay).sub_(u, alpha=rate)
+
+    def state_dict(self):
+        return {"adam": self.adam.state_dict(), "momentum": list(self.momentum.values())}
+
+    def load_state_dict(self, state):
+        self.adam.load_state_dict(state["adam"])
+        for mine, saved in zip(self.momentum.values(), state["momentum"], strict=True):
+            mine.copy_(saved)
+
+
+def schedule(done):
+    """Share of the run that is over (0 … 1) → share of the full learning rate: flat, then a line down to 5%."""
+    return min(1.0, 0.05 + 0.95 * (1 - done) / 0.7)
+
+
+def window_starts(tokens, context, seed, first, count):
+    """Where windows number first … first + count − 1 of a run begin: each epoch a new shuffle of the windows, laid at a
+    new offset. A function of its arguments alone, so that a resumed run goes on as if it had never stopped.
+    """
+    per_epoch, starts = max(1, (len(tokens) - 1) // context - 1), []
+    while len(starts) < count:
+        epoch, i = divmod(first + len(starts), per_epoch)
+        offset, order = _epoch(len(tokens), context, seed, epoch)
+        starts += (order[i:i + count - len(starts)] * context + offset).tolist()
+    return starts
+
+
+_EPOCHS = {}
+
+
+def _epoch(n, context, seed, epoch):
+    key = (n, context, seed, epoch)
+    if key not in _EPOCHS:
+        _EPOCHS.clear()
+        rng = np.random.default_rng([seed, epoch])
+        per_epoch = max(1, (n - 1) // context - 1)
+        _EPOCHS[key] = int(rng.integers(min(context, n - 1 - per_epoch * context) + 1)), rng.permutation(per_epoch)
+    return _EPOCHS[key]
+
+
+def batch_at(tokens, starts, context, device="cpu"):
+    """→ inputs and targets [B, context] int64, the targets one token ahead."""
+    rows = torch.from_numpy(np.stack([tokens[s:s + context + 1] for s in starts]).astype(np.int64))
+    rows = rows.to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# --- 5. The loop -------------------------------------------------------------------------------------------------------
+
+def token_lengths(tokenizer):
+    """Bytes of text that each id stands for → [vocabulary] (special tokens are no text: 0)."""
+    special = set(tokenizer.special.values())
+    return np.array([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
+@torch.no_grad()
+def evaluate(model, tokens, context, lengths, limit=None):
+    """Mean loss over windows of `context` without overlap → (nats per token, bits per byte).
+
+    All of `tokens`, or, with `limit`, about that many in evenly spaced windows: the same ones each time.
+    """
+    windows = max(1, -(-(len(tokens) - 1) // context))
+    chosen = range(windows) if not limit or limit >= len(tokens) else np.linspace(0, windows - 2, max(1, limit // context)).astype(int)
+    training = model.training
+    model.eval()
+    device = model.embed.weight.device
+    nats, count, text = 0.0, 0, 0
+    chosen, rows = [int(i) for i in chosen], max(1, 4096 // context)
+    for group in [chosen[i:i + rows] for i in range(0, len(chosen), rows)]:
+        whole = [i for i in group if (i + 1) * context < len(tokens)]
+        for part in (whole, *([i] for i in group if i not in whole)):        # the last window may be shorter
+            if not part:
+                continue
+            width = min(context, len(tokens) - 1 - part[0] * context)
+            x, y = batch_at(tokens, [i * context for i in part], width, device)
+            loss = linear_cross_entropy(model.hidden(x).flatten(0, 1), model.head.weight, y.flatten())
+            nats, count = nats + loss.item() * y.numel(), count + y.numel()
+            text += int(lengths[y.cpu().numpy()].sum())
+    model.train(training)
+    return nats / max(count, 1), nats / math.log(2) / max(text, 1)
+
+
+@torch.no_grad()
+def write_samples(model, tokenizer, prompt, count=1, length=200, temperature=0.8, seed=0):
+    """Continue a prompt (token ids) `count` times by up to `length` tokens → list of str. infer.py does this better."""
+    generator = torch.Generator().manual_seed(seed)
+    device = model.embed.weight.device
+    tokens = torch.tensor([prompt] * count, device=device)
+    states, position, rows = model.new_states(count, len(prompt) + length), 0, tokens.tolist()
+    model.eval()
+    for _ in range(length):
+        hidden = model.hidden(tokens, torch.arange(position, position + tokens.shape[1], device=device), states)
+        position += tokens.shape[1]
+        p = torch.softmax(model.head(hidden[:, -1]).float().cpu() / temperature, dim=-1)
+        p[:, tokenizer.vocab_size:] = 0                                      # a padded vocabulary's tail has no text
+        tokens = torch.multinomial(p, 1, generator=generator).to(device)
+        for row, (token,) in zip(rows, tokens.tolist()):
+            row.append(token)
+    ends = set(tokenizer.eos_ids)
+    stop = [next((i for i, t in enumerate(row) if t in ends and i >= len(prompt)), len(row)) for row in rows]
+    return [tokenizer.decode([t for t in row[:i] if t not in ends]) for row, i in zip(rows, stop)]
+
+
+def is_python_prefix(text):
+    """Whether text, without its unfinished last line, is Python so far: complete, or complete if it went on."""
+    lines = text.rpartition("\n")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            codeop.compile_command(lines + "\n", symbol="exec")
+            return True
+        except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):
+            return False
+
+
+def plot(log, path, title):
+    """loss.png: training and validation loss and the learning rate, over time."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    steps = [r for r in log if r.get("val_loss") is not None]
+    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    longest = max((r["seconds"] for r in steps), default=0)
+    unit, name = (60, "minutes") if longest > 120 else (1, "seconds")
+    time_ = [r["seconds"] / unit for r in steps]
+    axis.plot(time_, [r["train_loss"] for r in steps], color="#9ecae1", linewidth=1.5, label="training")
+    axis.plot(time_, [r["val_loss"] for r in steps], color="#08519c", linewidth=2, marker="o", markersize=3.5, label="validation")
+    axis.set(xlabel=f"{name} since the start", ylabel="loss, nats per token", title=title)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if steps:
+        axis.annotate(f"{steps[-1]['val_bpb']:.3f} bits per byte", (time_[-1], steps[-1]["val_loss"]), xytext=(-8, 14),
+                      textcoords="offset points", ha="right", color="#08519c", fontweight="bold")
+    right = axis.twinx()
+    right.plot(time_, [r["lr"] for r in steps], color="#fd8d3c", linewidth=1, linestyle="--", label="learning rate")
+    right.set(ylabel="learning rate", ylim=(0, None))
+    right.spines[["top"]].set_visible(False)
+    lines = axis.get_lines() + right.get_lines()
+    axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper center", ncols=3)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    plt.close(figure)
+
+
+class Run:
+    """A training run: the model, its optimizer, its place in the data and in time; saved and resumed as one."""
+
+    def __init__(self, settings, corpus, model, machine):
+        self.settings, self.corpus, self.model, self.machine = settings, corpus, model, machine
+        self.out = Path(settings["out"])
+        self.optimizer = Optimizer(model, settings["lr"])
+        self.step = self.tokens = self.windows = 0
+        self.spent_before = 0.0                                              # seconds of the processes before this one
+        self.done_before = 0.0                                               # the schedule's place when they stopped
+        self.log, self.finished = [], False
+
+    def spent(self):
+        return self.spent_before + time.monotonic() - START
+
+    def save(self):
+        """The folder a reader wants, then state.pt, which alone resumes, renamed last."""
+        save(self.model, self.corpus.tokenizer, self.out)
+        lines = "".join(json.dumps(r) + "\n" for r in self.log)
+        with replacing(self.out / "log.jsonl") as path:
+            path.write_text(lines, encoding="utf-8")
+        state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows, seconds=self.spent(),
+                     finished=self.finished, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     config=self.model.config.raw, tokenizer=self.corpus.tokenizer.source)
+        with replacing(self.out / "state.pt") as path:
+            torch.save(state, path)
+
+    def restore(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.tokens, self.windows = state["step"], state["tokens"], state["windows"]
+        self.spent_before, self.finished = state["seconds"], state["finished"]
+        if (self.out / "log.jsonl").exists():
+            records = [json.loads(line) for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
+            self.log = [r for r in records if r["step"] <= self.step]
+
+    def micro_step(self, hidden):
+        """Forward and backward over one batch, in pieces that fit → mean loss; gradients are in .grad."""
+        s = self.settings
+        context, count = s["context"], s["batch"]
+        starts = window_starts(self.corpus.train, context, s["seed"], self.windows, count)
+        rows = max(1, MICRO_TOKENS // context)
+        total = 0.0
+        for i in range(0, count, rows):
+            x, y = batch_at(self.corpus.train, starts[i:i + rows], context, s["device"])
+            with autocast(s["device"], s["dtype"]):
+                h = hidden(x)
+                loss = linear_cross_entropy(h.flatten(0, 1).to(self.model.head.weight.dtype), self.model.head.weight, y.flatten())
+            (loss * (len(x) / count)).backward()
+            total += loss.item() * len(x) / count
+        self.windows += count
+        self.tokens += count * context
+        return total
+
+
+MICRO_TOKENS = 16384                                                         # a forward and backward pass at once
+
+
+def autocast(device, dtype):
+    kind = device.split(":")[0]
+    return torch.autocast(kind, getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
+
+
+def flops_per_token(model, context):
+    """Training FLOPs a token: 6 for each weight that multiplies, and attention's products (causal half not deducted)."""
+    c = model.config
+    weights = sum((j - i) * w.shape[1] for w, i, j in model.matrices()) + model.head.weight.numel()
+    return 6 * weights + 12 * len(model.blocks) * context * c.heads * c.head_dim
+
+
+class Stop:
+    """Ctrl-C or a termination signal asks the loop to save and leave; a second one leaves at once."""
+
+    def __init__(self):
+        self.code, self.old = None, {}
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):                                # signals belong to the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        if self.code:
+            raise KeyboardInterrupt
+        self.code = 128 + number
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+EVALUATE_AT = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)    # shares of a run
+SAMPLED_TOKENS, SAVE_EVERY = 2 ** 15, 60                                     # tokens of an evaluation on the way; seconds
+
+
+def train_loop(run, stop):
+    """Steps until the clock, the step count or a signal ends them → whether the run came to its end."""
+    s, corpus, model = run.settings, run.corpus, run.model
+    lengths, per_token = token_lengths(corpus.tokenizer), flops_per_token(model, s["context"])
+    peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
+    total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
+    hidden = torch.compile(model.hidden) if s["compile"] else model.hidden
+    started, loss_sum, loss_count = run.spent(), 0.0, 0
+    saved, bad, speed, done = time.monotonic(), 0, None, run.done_before
+    ready = [t for t in EVALUATE_AT if not any(r["done"] >= t for r in run.log)]
+    bar = tqdm(total=total or s["steps"], desc="train", initial=0 if total else run.step,
+               bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", **quiet_bar())
+    model.train()
+    with bar:
+        while not stop.code:
+            if total:
+                done = run.done_before + (1 - run.done_before) * (run.spent() - started) / max(1e-9, total - reserve - started)
+            else:
+                done = run.step / s["steps"]
+            if done >= 1 and run.step:
+                return True
+            if ready and done >= ready[0]:
+                ready = [t for t in ready if t > done]
+                t = time.monotonic()
+                val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, SAMPLED_TOKENS)
+                if total and not reserve:                                    # the end needs: a whole evaluation, samples, files
+                    share = min(1, SAMPLED_TOKENS / len(corpus.val))
+                    reserve = min(0.2 * total, (time.monotonic() - t) / share + END_SECONDS)
+                run.log.append(dict(step=run.step, seconds=round(run.spent(), 2), tokens=run.tokens, done=round(done, 4),
+                                    train_loss=loss_sum / loss_count if loss_count else val_loss, val_loss=val_loss,
+                                    val_bpb=val_bpb, tokens_per_second=speed and round(speed), lr=s["lr"] * schedule(done)))
+                loss_sum, loss_count = 0.0, 0
+            t = time.monotonic()
+            loss = run.micro_step(hidden)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if math.isfinite(loss) and torch.isfinite(norm):
+                run.optimizer.step(schedule(done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
+                bad, loss_sum, loss_count = 0, loss_sum + loss, loss_count + 1
+            else:
+                bad += 1
+                tqdm.write(f"step {run.step}: the loss is not finite, the step is skipped", file=sys.stderr)
+                if bad == 5:
+                    raise UserError("five steps in a row without a finite loss; the last checkpoint is the last good one: "
+                                    "resume from it with a lower --lr")
+            model.zero_grad(set_to_none=True)
+            run.step += 1
+            took = time.monotonic() - t
+            now = s["batch"] * s["context"] / took
+            speed = now if speed is None or run.step < 5 else 0.95 * speed + 0.05 * now
+            left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
+            best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
+            bar.set_postfix_str(f"step {run.step} · loss {loss:.3f} · val {best} bits/byte · {speed:,.0f} tokens/s"
+                                + (f" · {speed * per_token / peak:.0%} of peak" if peak else "") + f" · {clock(left)} left", refresh=False)
+            bar.update(min(run.spent(), total) - bar.n if total else 1)
+            if time.monotonic() - saved > SAVE_EVERY:
+                run.done_before = done
+                run.save()
+                saved = time.monotonic()
+    run.done_before = done
+    return False
+
+
+WARMUP, END_SECONDS = 5, 3.0
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}"
+
+
+def finish(run):
+    """The end of a run: the whole validation part, samples, the plot, the next command."""
+    s, corpus, model = run.settings, run.corpus, run.model
+    lengths = token_lengths(corpus.tokenizer)
+    val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, 2 ** 20)
+    last = run.log[-1] if run.log else {}
+    run.log.append(dict(last, step=run.step, seconds=round(run.spent(), 2), tokens=run.tokens, done=1.0, val_loss=val_loss,
+                        val_bpb=val_bpb, lr=s["lr"] * schedule(1.0)))
+    run.finished, run.done_before = True, 1.0
+    run.save()
+    print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens")
+    text = (corpus.folder / "val.txt").read_bytes()
+    print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items()) + "   on the same text")
+    start = corpus.tokenizer.eos_ids[:1] or corpus.tokenizer.encode("\n")
+    room = max(1, min(200, s["context"] - 1))
+    if s["data"] is None:
+        texts = write_samples(model, corpus.tokenizer, start, count=32, length=room, seed=s["seed"])
+        share = sum(map(is_python_prefix, texts)) / len(texts)
+        print(f"samples      {share:.0%} of {len(texts)} are Python as far as they go (ast.parse)")
+        sample = write_samples(model, corpus.tokenizer, start + corpus.tokenizer.encode("def "), length=room, seed=s["seed"])[0]
+    else:
+        sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")                    # a code page never ends a run
+    title = f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · {run.tokens / 1e6:.1f} M tokens"
+    plot(run.log, run.out / "loss.png", title)
+    where = "" if s["out"] == "out" else f"--model {s['out']} "
+    print(f"saved        {run.out}/ (loss.png shows the run)\nnext         python infer.py {where}\"def fibonacci(n):\"" if s["data"] is None else
+          f"saved        {run.out}/ (loss.png shows the run)\nnext         python infer.py {where}\"…\"")
+
+
+# --- 6. The command line -----------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def arguments():
+    p = Parser(prog="train.py", description="Train a language model on text; the one dial is --minutes.")
+    p.add_argument("--data", help="a file, a folder or a glob of UTF-8 text (the Python standard library)")
+    p.add_argument("--tokenizer", choices=["bpe", "chars", "bytes", "gpt2", "o200k_base"], help="(bpe)")
+    p.add_argument("--vocab", type=positive(int), help="entries of a bpe tokenizer (by the budget)")
+    p.add_argument("--minutes", type=positive(float), help="wall clock from start to trained model (5)")
+    p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
+    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP (by the budget)")
+    p.add_argument("--dim", type=positive(int), help="width (by the budget)")
+    p.add_argument("--heads", type=positive(int), help="query heads (dim / 64)")
+    p.add_argument("--kv-heads", type=positive(int), help="key and value heads (heads, from 8 on half of them)")
+    p.add_argument("--context", type=positive(int), help="tokens in a window (by the budget)")
+    p.add_argument("--batch", type=positive(int), help="windows in a step (by the budget)")
+    p.add_argument("--lr", type=positive(float), help=f"Muon's learning rate, the others keep their ratio to it ({LR})")
+    p.add_argument("--seed", type=int, help="(0)")
+    p.add_argument("--out", default="out", help="folder for the model")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--init", help="start from the model in this folder: fine-tuning")
+    p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (the faster one)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (where it pays)")
+    return p
+
+
+def check(args):
+    """Flags that contradict each other, before anything is done."""
+    if args.minutes and args.steps:
+        raise UserError("--minutes and --steps: give one of them")
+    if args.vocab and args.tokenizer not in (None, "bpe"):
+        raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
+    if args.init:
+        given = [f for f in ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads") if getattr(args, f) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} contradicts --init: the folder {args.init} has that settled")
+
+
+def plan(args, machine):
+    """The flags, and for those not given a choice by machine and budget → settings, complete."""
+    s = {k: v for k, v in vars(args).items() if k not in ("resume", "init")}
+    if not args.steps:
+        s["minutes"] = args.minutes or 5.0
+    s["device"] = pick_device(args.device)
+    flops = machine.flops[torch.float32] * 60 * s["minutes"] * 0.5 if machine else 3e9 * args.steps
+    shape = shape_for(flops)
+    if args.dtype is None:
+        faster = machine and machine.flops[torch.bfloat16] > 1.5 * machine.flops[torch.float32]
+        s["dtype"] = "bfloat16" if faster else "float32"
+    for name, value in shape.items():
+        s[name] = value if s[name] is None else s[name]
+    if str(s["layers"]).isdigit():
+        s["layers"] = "a" * int(s["layers"])
+    if not s["layers"] or set(s["layers"]) - {"a"}:
+        raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; known is a (attention + MLP)")
+    heads = s["heads"] = args.heads or max(1, s["dim"] // 64)
+    if s["dim"] % heads or s["dim"] // heads % 2:
+        raise UserError(f"--dim {s['dim']} and --heads {heads}: the head size must come out whole and even")
+    s["kv_heads"] = args.kv_heads or (heads // 2 if heads >= 8 and heads % 2 == 0 else heads)
+    if heads % s["kv_heads"]:
+        raise UserError(f"--heads {heads} and --kv-heads {s['kv_heads']}: each kv head must serve the same number of heads")
+    s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
+    s["lr"] = args.lr or (LR if not args.init else LR / 10)
+    s["compile"] = args.compile if args.compile is not None else False
+    return s
+
+
+def writable(out):
+    """Make the folder --out; UserError where it cannot be written."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def read_state(out):
+    """state.pt of a folder, or None where there is none. UserError if it is broken."""
+    path = Path(out) / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                               # a broken zip, pickle or file: many kinds
+        raise UserError(f"{path}: incomplete or not a checkpoint of train.py ({type(error).__name__})") from None
+
+
+def resumed_settings(args, saved):
+    """Settings of a run that goes on: those it had; minutes or steps may differ, any other is refused by name."""
+    for flag, value in vars(args).items():
+        if flag in ("resume", "out", "minutes", "steps", "init") or value is None:
+            continue
+        value = "a" * int(value) if flag == "layers" and value.isdigit() else value
+        if value != saved[flag]:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved[flag]}; a resumed run keeps its settings")
+    if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
+        raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
+    return dict(saved, out=args.out, minutes=args.minutes or saved["minutes"], steps=args.steps or saved["steps"])
+
+
+def prepare(args):
+    """Everything before the first step → Run (or None: a finished run with nothing left to do)."""
+    check(args)
+    writable(args.out)
+    state = read_state(args.out) if args.resume else None
+    if state:
+        settings = resumed_settings(args, state["settings"])
+        over = settings["minutes"] == state["settings"]["minutes"] if settings["minutes"] else settings["steps"] <= state["step"]
+        if state["finished"] and over:
+            print(f"the run in {args.out} is finished, after {state['step']:,} steps; more --minutes or --steps go on with it")
+            return None
+    device = pick_device(args.device)
+    machine = None if args.steps or state and state["settings"]["steps"] else measure(device)
+    start = load(args.init, device, torch.float32) if args.init and not state else None
+    if not state:
+        settings = plan(args, machine)
+    if start and args.context is None:
+        settings["context"] = min(settings["context"], start[0].config.context)
+    tokenizer = Tokenizer(state["tokenizer"]) if state else start[1] if start else None
+    corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], tokenizer)
+    context = settings["context"]
+    for part, tokens, least in (("training", corpus.train, context + 2), ("validation", corpus.val, 2)):
+        if len(tokens) < least:
+            raise UserError(f"the {part} part of the data has {len(tokens)} tokens, fewer than a context of {context} needs; "
+                            "give more text or a smaller --context")
+    if start:
+        model = start[0].train()
+        model.config.raw.update(dtype="float32", torch_dtype="float32")
+    else:
+        raw = state["config"] if state else qwen3_config(
+            settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"], corpus.tokenizer.vocab_size, context,
+            corpus.tokenizer.eos_ids)
+        model = Model(parse_config(raw)).to(device)
+        model = model if state else model.initialize(settings["seed"])
+    run = Run(settings, corpus, model, machine)
+    if state:
+        run.restore(state)
+    c = model.config
+    size = sum(w.numel() for w in model.parameters())
+    print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, {corpus.val_bytes / 1e6:.2f} MB to validate; "
+          f"{corpus.tokenizer.vocab_size:,} tokens, {(corpus.train_bytes + corpus.val_bytes) / max(1, len(corpus.train) + len(corpus.val)):.2f} bytes each")
+    print(f"model        {len(c.layers)} layers × {c.dim}, {c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, {size / 1e6:.2f} M parameters")
+    if machine:
+        print(f"machine      {device}, {torch.get_num_threads()} threads: " + ", ".join(
+            f"{str(k).split('.')[1]} {v / 1e9:,.0f}" for k, v in machine.flops.items()) + f" GFLOP/s; memory {machine.bandwidth / 1e9:.0f} GB/s")
+    length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{settings['steps']:,} steps"
+    print(f"run          {length} of "
+          f"{settings['batch']} × {context} tokens, {settings['dtype']}" + (f", from step {run.step:,}" if state else ""), flush=True)
+    return run
+
+
+def main(argv=None):
+    """Train by command-line flags → exit code."""
+    global START
+    try:
+        if argv is not None:
+            START = time.monotonic()                                         # called by a program, not started by a shell
+        run = prepare(arguments().parse_args(argv))
+        if run is None:
+            return 0
+        with Stop() as stop:
+            done = train_loop(run, stop)
+            if not done:
+                run.save()
+                print(f"stopped at step {run.step:,} and saved; go on with --resume", file=sys.stderr)
+                return stop.code
+        finish(run)
+        return 0
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
