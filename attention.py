@@ -112,16 +112,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, r = ctx.saved_tensors
-        x_dy = (x * dy).view(-1, x.shape[-1])
-        dw = x_dy.T @ r.view(-1)
-        mean = (x_dy @ w).view(r.shape) / x.shape[-1]
+        x_dy = (x * dy).reshape(-1, x.shape[-1])
+        dw = x_dy.T @ r.reshape(-1)
+        mean = (x_dy @ w).reshape(r.shape) / x.shape[-1]
         return (dy * w).mul_(r).addcmul_(x, r.pow(3).mul_(mean), value=-1), dw, None
 
 
 def rms_norm(x, w, eps=1e-6, residual=None):
     """x [..., C] · w [C] / RMS(x) → [..., C]; with `residual` [..., C] → (normed x + residual, x + residual).
 
-    Computed in float32 and returned in x's dtype. ValueError where the channels differ. arXiv 1910.07467, equation 4.
+    Computed in float32 or better and returned in x's dtype. ValueError where the channels differ. arXiv 1910.07467, equation 4.
     """
     if w.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: w {tuple(w.shape)} must be the last size of x {tuple(x.shape)}")
@@ -134,7 +134,7 @@ def rms_norm(x, w, eps=1e-6, residual=None):
     if by_hand:
         y = _RMSNorm.apply(x, w, eps)
     else:
-        x32 = x.float()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
     return y if residual is None else (y, x)
 
@@ -159,17 +159,22 @@ def _rotate(x, cos, sin):
 
 
 def rotary_cos_sin(positions, inv_freq, factor=1.0):
-    """positions [T] or [B, T], inv_freq [D/2] → cos, sin [T, D/2] or [B, 1, T, D/2], in float32: far positions need it."""
-    angles = positions[..., None].float() * inv_freq
+    """positions [T] or [B, T], inv_freq [D/2] → cos, sin [T, D/2] or [B, 1, T, D/2].
+
+    In float64 where the device has it: at position 10⁵ a float32 angle is off by a hundredth of a radian.
+    """
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    angles = positions[..., None].to(exact) * inv_freq.to(exact)
     angles = angles if angles.ndim == 2 else angles[:, None]
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rotary_inv_freq(D, base=10000.0, device=None):
-    """The inverse wavelengths base^(−2d/D) → [D/2] (computed in float64). ValueError for an odd D."""
+    """The inverse wavelengths base^(−2d/D) → [D/2]. ValueError for an odd D."""
     if D % 2:
         raise ValueError(f"rotary: the head size must be even to be rotated in pairs, not {D}")
-    return (base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)).float().to(device)
+    exact = torch.float32 if str(device).startswith("mps") else torch.float64
+    return base ** (-torch.arange(0, D, 2, dtype=exact, device=device) / D)
 
 
 def rotary(q, k, positions, base=10000.0, inv_freq=None, factor=1.0):
@@ -247,7 +252,7 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
             s = softcap * torch.tanh(s / softcap)
         if alibi is not None:
             s = s - alibi.view(G, H // G, 1, 1) * distance.abs()
-        p = s.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+        p = s.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         y = (p @ v.unsqueeze(2)).flatten(1, 2)
     return torch.where(some, y, 0)
 
