@@ -423,3 +423,62 @@ class Block(nn.Module):
         a = self.attention(self.attention_norm(x), positions, state)
         normed, _ = self.mlp_norm(a, residual=x)
         return a + self.mlp(normed)
+
+
+# --- 4. The claims, proved on the reader's machine ----------------------------------------------------------------------
+
+def _milliseconds(work, tries=7):
+    times = []
+    for _ in range(tries):
+        t = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - t)
+    return 1000 * min(times)
+
+
+def main():
+    B, H, G, T, D, C, V = 4, 8, 4, 256, 32, 256, 4096
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    q, k, v, x, w, head = randn(B, H, T, D), randn(B, G, T, D), randn(B, G, T, D), randn(B * T, C), randn(C), randn(V, C) / 16
+    positions, targets = torch.arange(T), torch.randint(0, V, (B * T,), generator=generator)
+
+    def naive_attention(q, k, v):
+        s = q @ k.repeat_interleave(H // G, 1).mT / D ** 0.5
+        return s.masked_fill(positions[:, None] < positions, -torch.inf).softmax(-1) @ v.repeat_interleave(H // G, 1)
+
+    def naive_rotary(q, k):
+        cos, sin = (torch.cat([a, a], -1) for a in rotary_cos_sin(positions, rotary_inv_freq(D)))
+        turn = lambda x: x * cos.float() + torch.cat([-x[..., D // 2:], x[..., :D // 2]], -1) * sin.float()
+        return turn(q), turn(k)
+    rows = [
+        ("rms_norm", rms_norm, rms_norm_numpy, lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w, (x, w)),
+        ("rotary", lambda q, k: rotary(q, k, positions), lambda q, k: rotary_numpy(q, k, positions.numpy()), naive_rotary, (q, k)),
+        ("swiglu", swiglu, swiglu_numpy, lambda g, u: g * torch.sigmoid(g) * u, (x, x.flip(0))),
+        ("attention", attention, attention_numpy, naive_attention, (q, k, v)),
+        ("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, targets), lambda x, w: linear_cross_entropy_numpy(x, w, targets.numpy()),
+         lambda x, w: F.cross_entropy(x @ w.T, targets), (x, head)),
+    ]
+    print(f"{'the op':22}{'off its definition':>20}{'forward + backward':>22}{'written plainly':>18}")
+    for name, op, definition, plain, tensors in rows:
+        result, wanted = op(*tensors), definition(*(t.double().numpy() for t in tensors))
+        pairs = zip(result, wanted) if isinstance(result, tuple) else [(result, wanted)]
+        error = max(np.abs(a.numpy() - b).max() for a, b in pairs)
+
+        def both(f):
+            inputs = [t.clone().requires_grad_() for t in tensors]
+            out = f(*inputs)
+            sum(o.sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+        print(f"{name:22}{error:>20.0e}{_milliseconds(lambda: both(op)):>19.2f} ms{_milliseconds(lambda: both(plain)):>15.2f} ms")
+
+    block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, 2 * C), C)
+    x, state = randn(1, T, C), KVCache(1, G, T, D)
+    with torch.no_grad():
+        whole = block(x, positions)
+        parts = [block(x[:, i:j], positions[i:j], state) for i, j in [(0, T - 50), *((i, i + 1) for i in range(T - 50, T))]]
+        error = (torch.cat(parts, 1) - whole).abs().max()
+    print(f"\na block over {T} tokens at once, or {T - 50} and then one by one from its cache: {error:.0e} apart")
+
+
+if __name__ == "__main__":
+    main()

@@ -164,8 +164,10 @@ class Tokenizer:
         elif model["type"] == "WordLevel" and all(len(t) == 1 for t in model["vocab"]):
             self.chars = model["vocab"]
         self.byte_level = "ByteLevel" in str(spec.get("decoder"))
-        framed, plain = (self.library.encode("a", add_special_tokens=frame).ids for frame in (True, False))
-        self.start_ids = framed[:framed.index(plain[0])] if plain and plain[0] in framed else []       # the folder's own start token
+        self.start_ids = []                                                  # the folder's own start token
+        if spec.get("post_processor"):
+            framed, plain = (self.library.encode("a", add_special_tokens=frame).ids for frame in (True, False))
+            self.start_ids = framed[:framed.index(plain[0])] if plain and plain[0] in framed else []
 
     def encode(self, text, special=False):
         """text → list of ids. Special tokens written in the text are plain text unless `special`; nothing is added."""
@@ -296,7 +298,8 @@ def tiktoken_tokenizer(name):
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:                                                   # every pair that makes it: tiktoken knows no other rule
             merges += [(spell(token[:i]), spell(token[i:])) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    tokenizer = _byte_level_tokenizer({spell(t): r for t, r in ranks.items()}, merges, encoding._pat_str)
+    vocab = {spell(t): r for t, r in ranks.items()} | encoding._special_tokens                  # ids of their own, with gaps
+    tokenizer = _byte_level_tokenizer(vocab, merges, encoding._pat_str)
     tokenizer.add_special_tokens(list(encoding._special_tokens))
     return Tokenizer(tokenizer.to_str())
 
@@ -1035,8 +1038,8 @@ class Run:
         self.optimizer = Optimizer(model, settings["lr"])
         self.step = self.tokens = self.windows = 0
         self.spent_before = 0.0                                              # seconds of the processes before this one
-        self.done_before = 0.0                                               # the schedule's place when they stopped
-        self.log, self.finished = [], False
+        self.done, self.finished = 0.0, False                                # the share of the run that is over
+        self.log, self.recent = [], [0.0, 0]                                 # evaluations; sum and count of losses since the last
 
     def spent(self):
         return self.spent_before + time.monotonic() - START
@@ -1047,20 +1050,36 @@ class Run:
         lines = "".join(json.dumps(r) + "\n" for r in self.log)
         with replacing(self.out / "log.jsonl") as path:
             path.write_text(lines, encoding="utf-8")
+        t = self.corpus.tokenizer
         state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows, seconds=self.spent(),
-                     finished=self.finished, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     config=self.model.config.raw, tokenizer=self.corpus.tokenizer.source)
+                     done=self.done, recent=self.recent, finished=self.finished, model=self.model.state_dict(),
+                     optimizer=self.optimizer.state_dict(), config=self.model.config.raw, train_tokens=len(self.corpus.train),
+                     tokenizer=dict(source=t.source, eos_ids=t.eos_ids, beside=t.beside))
         with replacing(self.out / "state.pt") as path:
             torch.save(state, path)
 
     def restore(self, state):
+        """Go on from what `save` wrote; with more minutes or steps than then, less of the run is over."""
+        if len(self.corpus.train) != state["train_tokens"]:
+            raise UserError("the data is not what this run was trained on; put it back, or start a new run in another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens, self.windows = state["step"], state["tokens"], state["windows"]
-        self.spent_before, self.finished = state["seconds"], state["finished"]
+        self.step, self.tokens, self.windows, self.recent = (state[k] for k in ("step", "tokens", "windows", "recent"))
+        self.spent_before = state["seconds"]
+        length = lambda settings: settings["minutes"] or settings["steps"]
+        share = length(state["settings"]) / length(self.settings)
+        self.done = state["done"] * share
         if (self.out / "log.jsonl").exists():
             records = [json.loads(line) for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
-            self.log = [r for r in records if r["step"] <= self.step]
+            self.log = [dict(r, done=round(r["done"] * share, 4)) for r in records if r["step"] <= self.step]
+
+    def record(self, val_loss, val_bpb, speed):
+        """Note an evaluation; the training loss beside it is the mean since the one before."""
+        train_loss = self.recent[0] / self.recent[1] if self.recent[1] else val_loss
+        self.recent = [0.0, 0]
+        self.log.append(dict(step=self.step, seconds=round(self.spent(), 2), tokens=self.tokens, done=round(self.done, 4),
+                             train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb, tokens_per_second=speed and round(speed),
+                             lr=self.settings["lr"] * schedule(self.done)))
 
     def micro_step(self, hidden):
         """Forward and backward over one batch, in pieces that fit → mean loss; gradients are in .grad."""
@@ -1129,37 +1148,30 @@ def train_loop(run, stop):
     peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
     total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
     hidden = torch.compile(model.hidden) if s["compile"] else model.hidden
-    started, loss_sum, loss_count = run.spent(), 0.0, 0
-    saved, bad, speed, done = time.monotonic(), 0, None, run.done_before
+    begun, began = run.done, run.spent()
+    saved, bad, speed = time.monotonic(), 0, None
     ready = [t for t in EVALUATE_AT if not any(r["done"] >= t for r in run.log)]
     bar = tqdm(total=total or s["steps"], desc="train", initial=0 if total else run.step,
                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", **quiet_bar())
     model.train()
     with bar:
         while not stop.code:
-            if total:
-                done = run.done_before + (1 - run.done_before) * (run.spent() - started) / max(1e-9, total - reserve - started)
-            else:
-                done = run.step / s["steps"]
-            if done >= 1 and run.step:
+            run.done = begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total else run.step / s["steps"]
+            if run.done >= 1 and run.step:
                 return True
-            if ready and done >= ready[0]:
-                ready = [t for t in ready if t > done]
+            if ready and run.done >= ready[0] or total and not reserve:
+                ready = [t for t in ready if t > run.done]
                 t = time.monotonic()
                 val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, SAMPLED_TOKENS)
-                if total and not reserve:                                    # the end needs: a whole evaluation, samples, files
-                    share = min(1, SAMPLED_TOKENS / len(corpus.val))
-                    reserve = min(0.2 * total, (time.monotonic() - t) / share + END_SECONDS)
-                run.log.append(dict(step=run.step, seconds=round(run.spent(), 2), tokens=run.tokens, done=round(done, 4),
-                                    train_loss=loss_sum / loss_count if loss_count else val_loss, val_loss=val_loss,
-                                    val_bpb=val_bpb, tokens_per_second=speed and round(speed), lr=s["lr"] * schedule(done)))
-                loss_sum, loss_count = 0.0, 0
+                if total:                                                    # the end needs a whole evaluation, samples, files
+                    reserve = min(0.2 * total, (time.monotonic() - t) * max(1, len(corpus.val) / SAMPLED_TOKENS) + END_SECONDS)
+                run.record(val_loss, val_bpb, speed)
             t = time.monotonic()
             loss = run.micro_step(hidden)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if math.isfinite(loss) and torch.isfinite(norm):
-                run.optimizer.step(schedule(done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
-                bad, loss_sum, loss_count = 0, loss_sum + loss, loss_count + 1
+                run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
+                bad, run.recent = 0, [run.recent[0] + loss, run.recent[1] + 1]
             else:
                 bad += 1
                 tqdm.write(f"step {run.step}: the loss is not finite, the step is skipped", file=sys.stderr)
@@ -1168,8 +1180,7 @@ def train_loop(run, stop):
                                     "resume from it with a lower --lr")
             model.zero_grad(set_to_none=True)
             run.step += 1
-            took = time.monotonic() - t
-            now = s["batch"] * s["context"] / took
+            now = s["batch"] * s["context"] / (time.monotonic() - t)
             speed = now if speed is None or run.step < 5 else 0.95 * speed + 0.05 * now
             left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
             best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
@@ -1177,10 +1188,8 @@ def train_loop(run, stop):
                                 + (f" · {speed * per_token / peak:.0%} of peak" if peak else "") + f" · {clock(left)} left", refresh=False)
             bar.update(min(run.spent(), total) - bar.n if total else 1)
             if time.monotonic() - saved > SAVE_EVERY:
-                run.done_before = done
                 run.save()
                 saved = time.monotonic()
-    run.done_before = done
     return False
 
 
@@ -1196,10 +1205,8 @@ def finish(run):
     s, corpus, model = run.settings, run.corpus, run.model
     lengths = token_lengths(corpus.tokenizer)
     val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, 2 ** 20)
-    last = run.log[-1] if run.log else {}
-    run.log.append(dict(last, step=run.step, seconds=round(run.spent(), 2), tokens=run.tokens, done=1.0, val_loss=val_loss,
-                        val_bpb=val_bpb, lr=s["lr"] * schedule(1.0)))
-    run.finished, run.done_before = True, 1.0
+    run.finished, run.done = True, 1.0
+    run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"])
     run.save()
     print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens")
     text = (corpus.folder / "val.txt").read_bytes()
@@ -1282,7 +1289,7 @@ def check(args):
 
 def plan(args, machine):
     """The flags, and for those not given a choice by machine and budget → settings, complete."""
-    s = {k: v for k, v in vars(args).items() if k not in ("resume", "init")}
+    s = {k: v for k, v in vars(args).items() if k != "resume"}
     if not args.steps:
         s["minutes"] = args.minutes or 5.0
     s["device"] = pick_device(args.device)
@@ -1333,14 +1340,15 @@ def read_state(out):
 def resumed_settings(args, saved):
     """Settings of a run that goes on: those it had; minutes or steps may differ, any other is refused by name."""
     for flag, value in vars(args).items():
-        if flag in ("resume", "out", "minutes", "steps", "init") or value is None:
+        if flag in ("resume", "out", "minutes", "steps") or value is None:
             continue
         value = "a" * int(value) if flag == "layers" and value.isdigit() else value
         if value != saved[flag]:
             raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved[flag]}; a resumed run keeps its settings")
     if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
         raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
-    return dict(saved, out=args.out, minutes=args.minutes or saved["minutes"], steps=args.steps or saved["steps"])
+    return dict(saved, out=args.out, minutes=max(args.minutes or 0, saved["minutes"] or 0) or None,
+                steps=max(args.steps or 0, saved["steps"] or 0) or None)
 
 
 def prepare(args):
@@ -1354,15 +1362,21 @@ def prepare(args):
         if state["finished"] and over:
             print(f"the run in {args.out} is finished, after {state['step']:,} steps; more --minutes or --steps go on with it")
             return None
-    device = pick_device(args.device)
-    machine = None if args.steps or state and state["settings"]["steps"] else measure(device)
+    device = pick_device(settings["device"] if state else args.device)
+    machine = None if args.steps or state and settings["steps"] else measure(device)
     start = load(args.init, device, torch.float32) if args.init and not state else None
     if not state:
         settings = plan(args, machine)
     if start and args.context is None:
         settings["context"] = min(settings["context"], start[0].config.context)
-    tokenizer = Tokenizer(state["tokenizer"]) if state else start[1] if start else None
-    corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], tokenizer)
+    tokenizer = start[1] if start else None
+    if state:
+        tokenizer = Tokenizer(state["tokenizer"]["source"], state["tokenizer"]["eos_ids"])
+        tokenizer.beside = state["tokenizer"]["beside"]
+    made_here = state and not settings["init"]                               # then the cache has it under its kind
+    corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], None if made_here else tokenizer)
+    if made_here and corpus.tokenizer.source != tokenizer.source:
+        corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], tokenizer)
     context = settings["context"]
     for part, tokens, least in (("training", corpus.train, context + 2), ("validation", corpus.val, 2)):
         if len(tokens) < least:
