@@ -129,12 +129,12 @@ def rms_norm(x, w, eps=1e-6, residual=None):
         if residual.shape != x.shape:
             raise ValueError(f"rms_norm: residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
         x = x + residual
-    by_hand = (x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and torch.is_grad_enabled()
-               and not torch.compiler.is_compiling())                        # the compiler fuses the chain by itself
-    if by_hand:
+    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.dtype == w.dtype == torch.float32:
         y = _RMSNorm.apply(x, w, eps)
-    else:
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    elif x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64):
+        y = F.rms_norm(x, w.shape, w, eps)
+    else:                                                                    # half precision: normed in float32, rounded, scaled
+        x32 = x.float()
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
     return y if residual is None else (y, x)
 
@@ -352,7 +352,7 @@ class Rotary:
         if self.seen is None or self.seen[0] is not positions or self.seen[1:] != seen[1:]:
             table = rotary_cos_sin(positions, self.inv_freq.to(x.device), self.factor)
             self.seen, self.table = seen, tuple(a.to(x.dtype) for a in table)
-        return _Rotary.apply(x, *self.table)
+        return _Rotary.apply(x, *self.table) if x.requires_grad else _rotate(x, *self.table)
 
 
 class Attention(nn.Module):

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,23 +216,119 @@ class Request:
         return self.out.text
 
 
+class FewRows(torch.nn.Linear):
+    """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
+
+    One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights. Outside of
+    one, a CPU's few rows go through NumPy's BLAS where that was measured to be the faster (`quicken`).
+    """
+    by_numpy = False
+
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
+            y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        if rows <= 8 and FewRows.by_numpy and not torch.compiler.is_compiling() and x.dtype == self.weight.dtype == torch.float32:
+            y = torch.from_numpy(x.reshape(rows, -1).numpy() @ self.weight.numpy().T).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight, self.bias)
+
+
+def quicken(model):
+    """Turn a model's linear layers into `FewRows`, and on a CPU measure which library multiplies one row faster."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FewRows
+    weight = model.head.weight.detach()
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        x, times = torch.ones(1, weight.shape[1]), {True: [], False: []}
+        for by_numpy in (True, False) * 3:
+            t = time.perf_counter()
+            x.numpy() @ weight.numpy().T if by_numpy else F.linear(x, weight)
+            times[by_numpy].append(time.perf_counter() - t)
+        FewRows.by_numpy = min(times[True]) < min(times[False])
+    return model.requires_grad_(False)
+
+
+class Slab:
+    """A `KVCache` of fixed shape, for a compiled decode step: the position is a tensor, the mask says how far it is filled."""
+
+    def __init__(self, k, v, position):
+        self.k, self.v, self.position = k, v, position
+
+    def attend(self, q, k, v, attention, window=None):
+        self.k.index_copy_(2, self.position, k)
+        self.v.index_copy_(2, self.position, v)
+        at = torch.arange(self.k.shape[2], device=k.device)
+        seen = at <= self.position if window is None else (at <= self.position) & (at > self.position - window)
+        (B, H, _, D), G = q.shape, k.shape[1]
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.k, self.v, attn_mask=seen.expand(H // G, -1))
+        return y.reshape(B, H, 1, D)
+
+
+class Step(torch.nn.Module):
+    """One decode step as a module of its own, so that the compiler may take the weights for constants and pack them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, position, slabs):
+        """tokens [B, 1], position [1], slabs [(k, v)] of `KVCache` → logits [B, V]."""
+        states = [Slab(k, v, position) for k, v in slabs]
+        return self.model.head(self.model.hidden(tokens, position, states)[:, -1])
+
+
 class Runner:
-    """The model and the states of sequences in step: prefill a prompt in chunks, then one token for each row a step."""
+    """The model and the states of sequences in step: prefill a prompt in chunks, then one token for each row a step.
+
+    compiled: decode steps run as one graph that torch.compile makes for this shape; it takes most of a minute, so only
+    benchmarks and servers ask for it.
+    """
 
     CHUNK = 1024
 
-    def __init__(self, model, B, capacity):
+    def __init__(self, model, B, capacity, compiled=False):
         self.model, self.states, self.position = model, model.new_states(B, capacity), 0
+        self.step = self._compile(B) if compiled else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def _compile(self, B):
+        """A decode step for B rows as one compiled graph. Compiled at once: the settings count while it is traced."""
+        import torch._inductor.config as inductor
+        device = self.model.embed.weight.device
+        packed = B > 1 and device.type == "cpu"                              # several rows: weights laid out for their kernel
+        settings = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP") if packed else {}
+        step = torch.compile(Step(self.model), dynamic=False, fullgraph=True)
+        with inductor.patch(**settings):
+            step(torch.zeros(B, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device), self.slabs())
+        return step
+
+    def slabs(self):
+        return [(state.k, state.v) for state in self.states]
+
+    @torch.no_grad()
     def forward(self, tokens):
         """tokens [B, T], the next T of each row → logits after the last [B, V]."""
         T = tokens.shape[1]
+        if T == 1 and self.step is not None:
+            logits = self.step(tokens, torch.tensor([self.position], device=tokens.device), self.slabs())
+            self.position += 1
+            for state in self.states:
+                state.length = self.position
+            return logits
         for chunk in tokens.split(self.CHUNK, dim=1):
             positions = torch.arange(self.position, self.position + chunk.shape[1], device=tokens.device)
             hidden = self.model.hidden(chunk, positions, self.states)
             self.position += chunk.shape[1]
         return self.model.head(hidden[:, -1])
+
+    def restart(self):
+        """Forget all tokens, keep the memory and what was compiled."""
+        self.position = 0
+        for state in self.states:
+            state.length = 0
 
     def repeat(self, n):
         """Turn the one row of the states into n alike: the choices of a prompt share its prefill."""
@@ -245,6 +342,7 @@ class LLM:
     def __init__(self, folder, device=None, dtype=None):
         self.folder = Path(folder)
         self.model, self.tokenizer = load(folder, device, dtype)
+        quicken(self.model)
         self.context = self.model.config.context
         self.eos_ids = set(self.tokenizer.eos_ids)
         self.no_text = None                                                  # ids that no token has: never sampled
@@ -405,13 +503,21 @@ def score(llm, text, overlap=0.5):
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
+def compiler_there():
+    """Whether torch.compile can work here: on a CPU it needs a C++ compiler, on a GPU Triton."""
+    if torch.cuda.is_available():
+        return True
+    return shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None
+
+
 def bench(llm, machine, batch, prompt_tokens, new_tokens):
     """Time prefill and decode on random tokens, the median of three → the --bench record."""
     rng = np.random.default_rng(0)
     tokens = torch.tensor(rng.integers(0, llm.tokenizer.vocab_size, (batch, prompt_tokens)), device=llm.model.embed.weight.device)
     prefill, decode = [], []
-    for _ in range(4):                                                       # the first warms up
-        runner = Runner(llm.model, batch, prompt_tokens + new_tokens)
+    runner = Runner(llm.model, batch, prompt_tokens + new_tokens, compiled=compiler_there())
+    for _ in range(4):                                                       # the first compiles and warms up
+        runner.restart()
         t = time.perf_counter()
         token = runner.forward(tokens).argmax(-1)
         token[0].item()                                                      # waits for a GPU

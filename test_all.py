@@ -628,7 +628,7 @@ def test_windows_cover_an_epoch_once_and_are_a_function_of_their_number():
 def test_orthogonalize_makes_all_directions_alike():
     x = randn(3, 24, 40, dtype=torch.float32) @ torch.diag(torch.logspace(0, -1.5, 40))
     values = torch.linalg.svdvals(train.orthogonalize(x))
-    assert 0.1 < values.min() and values.max() < 2 and values.std() < 0.5    # they were 30 to 1; three steps leave this much
+    assert 0.6 < values.min() and values.max() < 1.3                         # they were 30 to 1
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     assert F.cosine_similarity(train.orthogonalize(x).flatten(1), (u @ vt).flatten(1)).min() > 0.95
 

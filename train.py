@@ -8,7 +8,7 @@
                 the clock sets the learning rate: constant, then falling in a line to a twentieth by the end
     Muon        for matrices. A gradient's few large directions drown the rest; the momentum M = U Σ Vᵀ is replaced by
                 U Vᵀ, all directions alike, by a few steps of X ← aX + (b XXᵀ + c (XXᵀ)²) X (Newton–Schulz), products
-                only. Jordan 2024, kellerjordan.github.io/posts/muon; coefficients: Polar Express, arXiv 2505.16932
+                only. Jordan 2024, kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932
     AdamW       for all else (embedding, head, gains): arXiv 1711.05101
 
 What lies in the folder afterwards: config.json, model.safetensors and tokenizer.json (a Qwen3, for infer.py and for any
@@ -837,13 +837,17 @@ def save(model, tokenizer, folder):
 LR = 0.02                                                                    # Muon's; the others keep their ratio to it
 ADAM_LR = {"embed": 0.3, "head": 0.006, "gain": 0.003}
 WEIGHT_DECAY = 0.1
-POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061))
+NEWTON_SCHULZ = ((7.5954, -22.0924, 16.3015), (3.2996, -2.7534, 0.6109), (2.9207, -2.7817, 0.8404))
 
 
 def orthogonalize(x):
-    """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each. Newton–Schulz with Polar Express's coefficients."""
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)        # singular values within 0 … 1
-    for a, b, c in POLAR_EXPRESS:
+    """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each.
+
+    Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a singular
+    value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
+    """
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)        # singular values within 0 … 1
+    for a, b, c in NEWTON_SCHULZ:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x
