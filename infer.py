@@ -219,36 +219,52 @@ class Request:
 class FewRows(torch.nn.Linear):
     """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
 
-    One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights. Outside of
-    one, a CPU's few rows go through NumPy's BLAS where that was measured to be the faster (`quicken`).
+    On a CPU the weights may be packed once into oneDNN's own order (`quicken` measures whether that pays). One row in a
+    compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
     """
-    by_numpy = False
+    packed = None
+
+    def pack(self):
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
-            y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        if rows <= 8 and FewRows.by_numpy and not torch.compiler.is_compiling() and x.dtype == self.weight.dtype == torch.float32:
-            y = torch.from_numpy(x.reshape(rows, -1).numpy() @ self.weight.numpy().T).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+        if torch.compiler.is_compiling():
+            if x.numel() == x.shape[-1] and x.device.type == "cpu":
+                y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
+                return y if self.bias is None else y + self.bias
+        elif self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
 
-def quicken(model):
-    """Turn a model's linear layers into `FewRows`, and on a CPU measure which library multiplies one row faster."""
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = FewRows
-    weight = model.head.weight.detach()
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        x, times = torch.ones(1, weight.shape[1]), {True: [], False: []}
-        for by_numpy in (True, False) * 3:
-            t = time.perf_counter()
-            x.numpy() @ weight.numpy().T if by_numpy else F.linear(x, weight)
-            times[by_numpy].append(time.perf_counter() - t)
-        FewRows.by_numpy = min(times[True]) < min(times[False])
-    return model.requires_grad_(False)
+@torch.no_grad()
+def quicken(model, keep):
+    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine.
+
+    keep: the plain weights stay as well, for a compiler; else only the head's do (`score` reads them).
+    """
+    model.requires_grad_(False)
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.__class__ = FewRows
+    head = model.head
+    if head.weight.device.type != "cpu" or head.weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return model
+    head.pack()
+    x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
+    for which in (True, False) * 3:
+        head.packed = packed if which else None
+        t = time.perf_counter()
+        head(x)
+        times[which].append(time.perf_counter() - t)
+    if min(times[True]) < min(times[False]):
+        for layer in layers:
+            layer.pack()
+            if layer is not head and not keep:
+                layer.weight = None
+    else:
+        head.packed = None
+    return model
 
 
 class Slab:
@@ -339,10 +355,11 @@ class Runner:
 class LLM:
     """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made."""
 
-    def __init__(self, folder, device=None, dtype=None):
-        self.folder = Path(folder)
+    def __init__(self, folder, device=None, dtype=None, compile=False):
+        self.folder, self.compile = Path(folder), compile
         self.model, self.tokenizer = load(folder, device, dtype)
-        quicken(self.model)
+        self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if self.model.config.tied else self.model.embed.weight.numel())
+        quicken(self.model, keep=compile)
         self.context = self.model.config.context
         self.eos_ids = set(self.tokenizer.eos_ids)
         self.no_text = None                                                  # ids that no token has: never sampled
@@ -412,12 +429,11 @@ class LLM:
         return [requests if len(requests) > 1 else requests[0] for requests in waiting]
 
 
-def bound(model, machine, batch, context):
+def bound(llm, machine, batch, context):
     """Decode tokens/s that memory allows: each step reads all weights that multiply, and each row's keys and values."""
-    c, size = model.config, model.embed.weight.element_size()
-    weights = sum(w.numel() for w in model.parameters()) - (0 if c.tied else model.embed.weight.numel())
-    cache = 2 * len(model.blocks) * c.kv_heads * c.head_dim * context
-    return batch * machine.bandwidth / (size * (weights + batch * cache))
+    c, size = llm.model.config, llm.model.embed.weight.element_size()
+    cache = 2 * len(llm.model.blocks) * c.kv_heads * c.head_dim * context
+    return batch * machine.bandwidth / (size * (llm.weights + batch * cache))
 
 
 # --- 4. Chat templates and scores ----------------------------------------------------------------------------------------
@@ -515,7 +531,7 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
     rng = np.random.default_rng(0)
     tokens = torch.tensor(rng.integers(0, llm.tokenizer.vocab_size, (batch, prompt_tokens)), device=llm.model.embed.weight.device)
     prefill, decode = [], []
-    runner = Runner(llm.model, batch, prompt_tokens + new_tokens, compiled=compiler_there())
+    runner = Runner(llm.model, batch, prompt_tokens + new_tokens, compiled=llm.compile)
     for _ in range(4):                                                       # the first compiles and warms up
         runner.restart()
         t = time.perf_counter()
@@ -527,7 +543,7 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
             token = runner.forward(token[:, None]).argmax(-1)
         token[0].item()
         decode.append(time.perf_counter() - t)
-    limit = bound(llm.model, machine, batch, prompt_tokens + new_tokens / 2)
+    limit = bound(llm, machine, batch, prompt_tokens + new_tokens / 2)
     median = lambda times: sorted(times[1:])[1]
     speed = batch * new_tokens / median(decode)
     return dict(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, quantize=None,
@@ -593,7 +609,7 @@ def complete(llm, machine, prompt, sampling, as_json):
         show("", end="\n")
     line = f"prompt {prompt_tokens} tokens at {speed['prefill']:,.0f}/s"
     if steps:
-        limit = bound(llm.model, machine(), len(requests), prompt_tokens + steps / 2)
+        limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
         line += f" · generated {generated} at {speed['decode']:,.0f}/s, {speed['decode'] / limit:.0%} of what the memory allows"
     print(line, file=sys.stderr)
     return requests
@@ -639,7 +655,7 @@ def main(argv=None):
         if args.bench and args.score or (args.bench or args.score) and args.prompt is not None:
             raise UserError("a prompt, --score and --bench: give one of them")
         text = train.read_text(args.score) if args.score else None
-        llm = LLM(args.model, args.device, args.dtype)
+        llm = LLM(args.model, args.device, args.dtype, compile=args.bench and compiler_there())
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
             result = score(llm, text)

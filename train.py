@@ -763,13 +763,15 @@ def load_weights(model, folder):
 
 
 def empty_model(config, dtype=torch.float32, device="cpu"):
-    """A model whose weights are yet to be filled."""
-    with torch.device("meta"):
-        model = Model(config)
-    model = model.to(dtype).to_empty(device=device)
-    if config.tied:
-        model.head.weight = model.embed.weight                               # to_empty gave each its own memory
-    return model
+    """A model whose weights are yet to be filled: torch's own random start, which would be overwritten, is left out."""
+    resets = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
+    try:
+        for kind in resets:
+            kind.reset_parameters = lambda module: None
+        return Model(config).to(device=device, dtype=dtype)
+    finally:
+        for kind, reset in resets.items():
+            kind.reset_parameters = reset
 
 
 def load(folder, device=None, dtype=None):
@@ -1393,7 +1395,7 @@ def prepare(args):
         raw = state["config"] if state else qwen3_config(
             settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"], corpus.tokenizer.vocab_size, context,
             corpus.tokenizer.eos_ids)
-        model = Model(parse_config(raw)).to(device)
+        model = empty_model(parse_config(raw), device=device)
         model = model if state else model.initialize(settings["seed"])
     run = Run(settings, corpus, model, machine)
     if state:
