@@ -154,8 +154,11 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    (a, b), y = x.chunk(2, dim=-1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y_a, y_b = y.chunk(2, dim=-1)                                            # written in place: x is read twice, y written twice
+    torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=y_b).addcmul_(a, sin)
+    return y
 
 
 def rotary_cos_sin(positions, inv_freq, factor=1.0):
@@ -192,7 +195,7 @@ def rotary(q, k, positions, base=10000.0, inv_freq=None, factor=1.0):
         raise ValueError(f"rotary: positions {tuple(positions.shape)} must be one for each of the tokens of "
                          f"q {tuple(q.shape)} and k {tuple(k.shape)}")
     cos, sin = (a.to(q.dtype) for a in rotary_cos_sin(positions, inv_freq, factor))
-    return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+    return Rotary.turn(q, cos, sin), Rotary.turn(k, cos, sin)
 
 
 def swiglu(gate, up):
@@ -344,15 +347,19 @@ class Rotary:
 
     def __call__(self, x, positions):
         """x [B, heads, T, D], rotated: q and k side by side in one pass."""
-        if torch.compiler.is_compiling():
-            cos, sin = rotary_cos_sin(positions, self.inv_freq.to(x.device), self.factor)
-            return _rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+        if torch.compiler.is_compiling():                                    # a graph shares what is alike by itself
+            table = rotary_cos_sin(positions, self.inv_freq.to(x.device), self.factor)
+            return self.turn(x, *(a.to(x.dtype) for a in table))
         version = None if positions.is_inference() else positions._version
         seen = (positions, version, x.dtype)                                 # all layers of a pass share one tensor
         if self.seen is None or self.seen[0] is not positions or self.seen[1:] != seen[1:]:
             table = rotary_cos_sin(positions, self.inv_freq.to(x.device), self.factor)
             self.seen, self.table = seen, tuple(a.to(x.dtype) for a in table)
-        return _Rotary.apply(x, *self.table) if x.requires_grad else _rotate(x, *self.table)
+        return self.turn(x, *self.table)
+
+    @staticmethod
+    def turn(x, cos, sin):
+        return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotate(x, cos, sin)
 
 
 class Attention(nn.Module):
