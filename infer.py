@@ -20,12 +20,9 @@ START = time.monotonic()
 
 import argparse
 import codecs
-import contextlib
 import json
 import math
-import os
 import secrets
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +212,10 @@ class Request:
     def text(self):
         return self.out.text
 
+    @property
+    def prompt_tokens(self):
+        return len(self.prompt)
+
 
 class FewRows(torch.nn.Linear):
     """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
@@ -307,7 +308,12 @@ class Runner:
 
     def __init__(self, model, B, capacity, compiled=False):
         self.model, self.states, self.position = model, model.new_states(B, capacity), 0
-        self.step = self._compile(B) if compiled else None
+        self.step = None
+        if compiled:
+            try:
+                self.step = self._compile(B)
+            except Exception as error:                                       # a compiler that is broken, a shape it has no kernel for
+                print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
 
     @torch.no_grad()
     def _compile(self, B):
@@ -418,11 +424,22 @@ class LLM:
 
     def generate(self, prompts, **sampling):
         """prompts: a str, a list of token ids, or a list of those → a list of finished requests, one a prompt
-        (a list of n inside where n > 1), with .text, .tokens, .finish_reason. Settings: see `Sampling`.
+        (a list of n inside where n > 1), with .text, .tokens, .finish_reason, .prompt_tokens.
+
+        Settings: see `Sampling`; each one value or a list of one a prompt (a list of strings is one `stop`). All are
+        checked before any runs: ValueError names the prompt and the argument.
         """
         if isinstance(prompts, str) or prompts and all(isinstance(i, int) for i in prompts):
             prompts = [prompts]
-        waiting = [self.requests(p, Sampling(**sampling), i) for i, p in enumerate(prompts)]   # all are checked before any runs
+        waiting = []
+        for i, prompt in enumerate(prompts):
+            own = {}
+            for name, value in sampling.items():
+                several = isinstance(value, (list, tuple)) and (name != "stop" or any(not isinstance(v, str) for v in value))
+                if several and len(value) != len(prompts):
+                    raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
+                own[name] = value[i] if several else value
+            waiting.append(self.requests(prompt, Sampling(**own), i))
         for requests in waiting:
             for _ in self.run(requests):
                 pass
@@ -519,13 +536,6 @@ def score(llm, text, overlap=0.5):
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
-def compiler_there():
-    """Whether torch.compile can work here: on a CPU it needs a C++ compiler, on a GPU Triton."""
-    if torch.cuda.is_available():
-        return True
-    return shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None
-
-
 def bench(llm, machine, batch, prompt_tokens, new_tokens):
     """Time prefill and decode on random tokens, the median of three → the --bench record."""
     rng = np.random.default_rng(0)
@@ -556,9 +566,9 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
 def arguments():
     p = Parser(prog="infer.py", description="Generate text with a model folder of train.py or of Hugging Face.")
     p.add_argument("prompt", nargs="?", help="the text to continue (standard input if it is piped; on a terminal: a prompt loop)")
-    p.add_argument("--model", default="out", help="the model's folder")
+    p.add_argument("--model", default="out", help="the model's folder (%(default)s)")
     p.add_argument("--max-tokens", type=int, help="new tokens at most (128, or what the context leaves)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=float, default=1.0, help="the smallest set of likeliest tokens that reaches p; 1: all")
     p.add_argument("--min-p", type=float, default=0.0, help="only tokens at least this share as likely as the likeliest")
@@ -572,6 +582,7 @@ def arguments():
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step, for --bench (where a compiler is there)")
     p.add_argument("--batch", type=positive(int), default=1, help="sequences at once, for --bench")
     p.add_argument("--prompt-tokens", type=positive(int), default=32, help="for --bench")
     p.add_argument("--new-tokens", type=positive(int), default=64, help="for --bench")
@@ -655,7 +666,7 @@ def main(argv=None):
         if args.bench and args.score or (args.bench or args.score) and args.prompt is not None:
             raise UserError("a prompt, --score and --bench: give one of them")
         text = train.read_text(args.score) if args.score else None
-        llm = LLM(args.model, args.device, args.dtype, compile=args.bench and compiler_there())
+        llm = LLM(args.model, args.device, args.dtype, compile=args.bench and args.compile is not False and train.compiler_there())
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
             result = score(llm, text)

@@ -8,12 +8,10 @@ import io
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -536,7 +534,7 @@ def test_ranks_of_tiktoken_become_a_tokenizer_json(bpe, monkeypatch):
 def foreign(added=(), **parts):
     """A tokenizer.json as other projects ship them, made with the tokenizers library."""
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import decoders, models, normalizers
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     for piece in ("▁", "h", "e", "l", "o", "▁h", "▁he", "ll", "▁hell", "▁hello", "_", "x", "▁x"):
         vocab.setdefault(piece, len(vocab))
@@ -995,6 +993,15 @@ def test_requests_are_checked_before_any_runs(trained):
     assert llm(trained).generate([[V - 1]], max_tokens=1)[0].finish_reason
 
 
+def test_settings_are_one_for_all_or_one_a_prompt(trained):
+    one = lambda prompt, **s: llm(trained).generate(prompt, max_tokens=6, **s)[0].tokens
+    a, b = llm(trained).generate(["def f(", "import"], max_tokens=6, seed=[1, 2], temperature=[0.0, 0.9], stop=[["zz"], None])
+    assert (a.tokens, b.tokens) == (one("def f(", temperature=0.0), one("import", seed=2, temperature=0.9))
+    assert a.prompt_tokens == len(llm(trained).tokenizer.encode("def f("))
+    with pytest.raises(ValueError, match="seed has 3 values"):
+        llm(trained).generate(["a", "b"], seed=[1, 2, 3])
+
+
 def test_a_padded_vocabulary_is_never_sampled(trained, tmp_path):
     model, tokenizer = train.load(trained)
     wide = train.Model(train.parse_config(model.config.raw | dict(vocab_size=450)))
@@ -1099,7 +1106,7 @@ def test_the_prompt_loop_answers_until_the_input_ends(trained, monkeypatch):
 
 
 def test_bench_prints_its_record(trained):
-    code, out, _ = run(infer, "--model", trained, "--bench", "--batch", 2, "--prompt-tokens", 8, "--new-tokens", 4, "--json")
+    code, out, _ = run(infer, "--model", trained, "--bench", "--batch", 2, "--prompt-tokens", 8, "--new-tokens", 4, "--json", "--no-compile")
     record = json.loads(out)
     assert code == 0 and record["batch"] == 2 and record["decode_tokens_per_second"] > 0
     assert math.isclose(record["bound_share"], record["decode_tokens_per_second"] / record["bound_tokens_per_second"])

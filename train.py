@@ -36,7 +36,7 @@ import sysconfig
 import tempfile
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +45,10 @@ import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy, rotary_inv_freq
+from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy
 
 
 class UserError(Exception):
@@ -810,7 +809,7 @@ def replacing(path):
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         yield beside
-        with open(beside, "rb") as f:
+        with open(beside, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
     finally:
@@ -1153,7 +1152,7 @@ def train_loop(run, stop):
     lengths, per_token = token_lengths(corpus.tokenizer), flops_per_token(model, s["context"])
     peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
     total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
-    hidden = torch.compile(model.hidden) if s["compile"] else model.hidden
+    hidden, plain, times = torch.compile(model.hidden) if s["compile"] else model.hidden, model.hidden, []
     begun, began = run.done, run.spent()
     saved, bad, speed = time.monotonic(), 0, None
     ready = [t for t in EVALUATE_AT if not any(r["done"] >= t for r in run.log)]
@@ -1173,7 +1172,20 @@ def train_loop(run, stop):
                     reserve = min(0.2 * total, (time.monotonic() - t) * max(1, len(corpus.val) / SAMPLED_TOKENS) + END_SECONDS)
                 run.record(val_loss, val_bpb, speed)
             t = time.monotonic()
-            loss = run.micro_step(hidden)
+            if s["compile"] is None and len(times) == 10 and total and total - run.spent() > COMPILE_PAYS:
+                bar.set_postfix_str("compiling, half a minute or so …")
+                hidden = torch.compile(plain)
+            elif s["compile"] is None and len(times) == 16 and hidden is not plain and min(times[11:]) > min(times[:10]):
+                hidden = plain                                               # measured: it does not pay here
+            try:
+                loss = run.micro_step(hidden)
+            except Exception as error:
+                if hidden is plain or s["compile"]:
+                    raise
+                tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+                hidden = plain
+                model.zero_grad(set_to_none=True)
+                loss = run.micro_step(hidden)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if math.isfinite(loss) and torch.isfinite(norm):
                 run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
@@ -1186,7 +1198,8 @@ def train_loop(run, stop):
                                     "resume from it with a lower --lr")
             model.zero_grad(set_to_none=True)
             run.step += 1
-            now = s["batch"] * s["context"] / (time.monotonic() - t)
+            times.append(time.monotonic() - t)
+            now = s["batch"] * s["context"] / times[-1]
             speed = now if speed is None or run.step < 5 else 0.95 * speed + 0.05 * now
             left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
             best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
@@ -1199,7 +1212,7 @@ def train_loop(run, stop):
     return False
 
 
-WARMUP, END_SECONDS = 5, 3.0
+WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 210.0                              # steps; seconds; seconds left that make up for it
 
 
 def clock(seconds):
@@ -1241,7 +1254,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(message)
@@ -1272,7 +1285,7 @@ def arguments():
     p.add_argument("--batch", type=positive(int), help="windows in a step (by the budget)")
     p.add_argument("--lr", type=positive(float), help=f"Muon's learning rate, the others keep their ratio to it ({LR})")
     p.add_argument("--seed", type=int, help="(0)")
-    p.add_argument("--out", default="out", help="folder for the model")
+    p.add_argument("--out", default="out", help="folder for the model (%(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--init", help="start from the model in this folder: fine-tuning")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
@@ -1318,8 +1331,14 @@ def plan(args, machine):
         raise UserError(f"--heads {heads} and --kv-heads {s['kv_heads']}: each kv head must serve the same number of heads")
     s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
     s["lr"] = args.lr or (LR if not args.init else LR / 10)
-    s["compile"] = args.compile if args.compile is not None else False
+    if args.compile is None and (args.steps or not compiler_there()):
+        s["compile"] = False                                                 # else None: the loop measures whether it pays
     return s
+
+
+def compiler_there():
+    """Whether torch.compile can work here: on a GPU it needs Triton, which torch brings; on a CPU a C++ compiler."""
+    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None
 
 
 def writable(out):
