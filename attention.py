@@ -33,7 +33,7 @@ from torch import nn
 # --- 1. The parts, in NumPy: the definitions --------------------------------------------------------------------------
 
 def rms_norm_numpy(x, w, eps=1e-6, residual=None):
-    """x, residual [..., C], w [C] → y [..., C]; with a residual, its sum with x is normed and returned too: (y, sum)."""
+    """x, residual [..., C], w [C] → y [..., C]; with a residual, their sum is normed and returned too: (y, sum)."""
     x = x if residual is None else x + residual
     r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)                   # [..., 1]
     y = x * r * w
@@ -87,7 +87,7 @@ def attention_numpy(q, k, v, causal=True, window=None, softcap=None, alibi=None,
 
 
 def linear_cross_entropy_numpy(x, w, targets, ignore_index=-100):
-    """x [N, C], w [V, C], targets [N] → mean over the rows not ignored of −log softmax(x wᵀ)[target]; 0 if none is left."""
+    """x [N, C], w [V, C], targets [N] → mean over the rows not ignored of −log softmax(x wᵀ)[target]; 0 if none."""
     kept = targets != ignore_index
     z = x[kept] @ w.T                                                        # [rows, V]
     m = z.max(-1, keepdims=True)
@@ -95,13 +95,13 @@ def linear_cross_entropy_numpy(x, w, targets, ignore_index=-100):
     return (lse - z[np.arange(len(z)), targets[kept]]).sum() / max(len(z), 1)
 
 
-# --- 2. The ops: the same for torch tensors, differentiable, the fastest path of each device ---------------------------
+# --- 2. The ops: the same for torch tensors, differentiable, the fastest path of each device --------------------------
 #
 # torch has rotary and RMSNorm only as chains of small ops, each of which reads and writes all of x and keeps a copy for
 # the backward pass. On a CPU memory is what training waits for, so these two have their backward written out by hand.
 
 class _RMSNorm(torch.autograd.Function):
-    """dx = r · (dy∘w) − x · r³ · mean(x∘dy∘w),  dw = Σ_rows r · (x∘dy): with x∘dy at hand, both sums are one product."""
+    """dx = r · (dy∘w) − x · r³ · mean(x∘dy∘w),  dw = Σ_rows r · (x∘dy): with x∘dy known, both sums are one product."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -121,7 +121,8 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x, w, eps=1e-6, residual=None):
     """x [..., C] · w [C] / RMS(x) → [..., C]; with `residual` [..., C] → (normed x + residual, x + residual).
 
-    Computed in float32 or better and returned in x's dtype. ValueError where the channels differ. arXiv 1910.07467, equation 4.
+    Computed in float32 or better and returned in x's dtype. ValueError where the channels differ. arXiv 1910.07467,
+    equation 4.
     """
     if w.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: w {tuple(w.shape)} must be the last size of x {tuple(x.shape)}")
@@ -129,11 +130,12 @@ def rms_norm(x, w, eps=1e-6, residual=None):
         if residual.shape != x.shape:
             raise ValueError(f"rms_norm: residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
         x = x + residual
-    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.dtype == w.dtype == torch.float32:
+    if (x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and x.dtype == w.dtype == torch.float32):
         y = _RMSNorm.apply(x, w, eps)
     elif x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64):
         y = F.rms_norm(x, w.shape, w, eps)
-    else:                                                                    # half precision: normed in float32, rounded, scaled
+    else:                                                                    # half precision: normed in float32
         x32 = x.float()
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
     return y if residual is None else (y, x)
@@ -154,8 +156,11 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x, cos, sin):
-    (a, b), y = x.chunk(2, dim=-1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y_a, y_b = y.chunk(2, dim=-1)                                            # written in place: x is read twice, y written twice
+    a, b = x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():                                        # which makes one pass of it
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y_a, y_b = y.chunk(2, dim=-1)                                            # in place: x is read twice, y written twice
     torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=y_b).addcmul_(a, sin)
     return y
@@ -234,8 +239,9 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
     if B * H * T == 0 or S == 0:
         return torch.zeros_like(q)
     plain = softcap is None and alibi is None and mask is None and window is None
-    if plain and T == 1:                                                     # one query sees all keys: the H / G heads of
-        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, scale=scale)  # a group stand in as its queries
+    if plain and T == 1:
+        # One query sees all keys: the H / G heads of a group stand in as its queries.
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, scale=scale)
         return y.reshape(B, H, 1, D)
     if plain and (not causal or T == S):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=H != G)
@@ -244,18 +250,19 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
     seen = torch.ones_like(distance, dtype=torch.bool) if not causal else distance >= 0
     if window is not None:
         seen = seen & (distance < window)
-    seen = seen[None, None] if mask is None else seen & mask[:, None, None, :]                              # [B|1, 1, T, S]
+    seen = seen[None, None] if mask is None else seen & mask[:, None, None, :]                       # [B|1, 1, T, S]
     some = seen.any(-1, keepdim=True)                                        # rows that see a key
-    seen = seen | ~some                                                      # the others see all, so that no NaN arises,
+    seen = seen | ~some                                                      # others see all, so that no NaN arises,
     if softcap is None and alibi is None:                                    # and are zeroed with their gradients below
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(B, 1, T, S), scale=scale, enable_gqa=H != G)
     else:
-        s = q.unflatten(1, (G, H // G)) @ k.unsqueeze(2).transpose(-1, -2) * scale                          # [B, G, H/G, T, S]
+        s = q.unflatten(1, (G, H // G)) @ k.unsqueeze(2).transpose(-1, -2) * scale                   # [B, G, H/G, T, S]
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         if alibi is not None:
             s = s - alibi.view(G, H // G, 1, 1) * distance.abs()
-        p = s.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        s = s.masked_fill(~seen.unsqueeze(1), -torch.inf)
+        p = s.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         y = (p @ v.unsqueeze(2)).flatten(1, 2)
     return torch.where(some, y, 0)
 
@@ -305,8 +312,8 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100):
     none is left the loss and its gradients are 0. ValueError for a target outside 0 … V − 1. Backward once.
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or targets.shape != x.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: x {tuple(x.shape)}, w {tuple(w.shape)}, targets {tuple(targets.shape)} "
-                         "must be [N, C], [V, C] and [N]")
+        raise ValueError(f"linear_cross_entropy: x {tuple(x.shape)}, w {tuple(w.shape)}, "
+                         f"targets {tuple(targets.shape)} must be [N, C], [V, C] and [N]")
     if x.device.type == "cpu":                                               # elsewhere a look at the values is a wait
         bad = ((targets < 0) | (targets >= len(w))) & (targets != ignore_index)
         if bad.any():
@@ -314,7 +321,7 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100):
     return _LinearCrossEntropy.apply(x, w, targets.long(), ignore_index)
 
 
-# --- 3. The modules: parts with weights, stacked into a block ----------------------------------------------------------
+# --- 3. The modules: parts with weights, stacked into a block ---------------------------------------------------------
 
 class KVCache:
     """The state of an attention layer: keys and values of up to `capacity` tokens for each of B sequences in step."""
@@ -432,7 +439,7 @@ class Block(nn.Module):
         return a + self.mlp(normed)
 
 
-# --- 4. The claims, proved on the reader's machine ----------------------------------------------------------------------
+# --- 4. The claims, proved on the reader's machine --------------------------------------------------------------------
 
 def _milliseconds(work, tries=7):
     times = []
@@ -447,7 +454,8 @@ def main():
     B, H, G, T, D, C, V = 4, 8, 4, 256, 32, 256, 4096
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
-    q, k, v, x, w, head = randn(B, H, T, D), randn(B, G, T, D), randn(B, G, T, D), randn(B * T, C), randn(C), randn(V, C) / 16
+    q, k, v = randn(B, H, T, D), randn(B, G, T, D), randn(B, G, T, D)
+    x, w, head = randn(B * T, C), randn(C), randn(V, C) / 16
     positions, targets = torch.arange(T), torch.randint(0, V, (B * T,), generator=generator)
 
     def naive_attention(q, k, v):
@@ -459,11 +467,14 @@ def main():
         turn = lambda x: x * cos.float() + torch.cat([-x[..., D // 2:], x[..., :D // 2]], -1) * sin.float()
         return turn(q), turn(k)
     rows = [
-        ("rms_norm", rms_norm, rms_norm_numpy, lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w, (x, w)),
-        ("rotary", lambda q, k: rotary(q, k, positions), lambda q, k: rotary_numpy(q, k, positions.numpy()), naive_rotary, (q, k)),
+        ("rms_norm", rms_norm, rms_norm_numpy,
+         lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w, (x, w)),
+        ("rotary", lambda q, k: rotary(q, k, positions), lambda q, k: rotary_numpy(q, k, positions.numpy()),
+         naive_rotary, (q, k)),
         ("swiglu", swiglu, swiglu_numpy, lambda g, u: g * torch.sigmoid(g) * u, (x, x.flip(0))),
         ("attention", attention, attention_numpy, naive_attention, (q, k, v)),
-        ("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, targets), lambda x, w: linear_cross_entropy_numpy(x, w, targets.numpy()),
+        ("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, targets),
+         lambda x, w: linear_cross_entropy_numpy(x, w, targets.numpy()),
          lambda x, w: F.cross_entropy(x @ w.T, targets), (x, head)),
     ]
     print(f"{'the op':22}{'off its definition':>20}{'forward + backward':>22}{'written plainly':>18}")
@@ -476,13 +487,15 @@ def main():
             inputs = [t.clone().requires_grad_() for t in tensors]
             out = f(*inputs)
             sum(o.sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
-        print(f"{name:22}{error:>20.0e}{_milliseconds(lambda: both(op)):>19.2f} ms{_milliseconds(lambda: both(plain)):>15.2f} ms")
+        print(f"{name:22}{error:>20.0e}{_milliseconds(lambda: both(op)):>19.2f} ms"
+              f"{_milliseconds(lambda: both(plain)):>15.2f} ms")
 
     block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, 2 * C), C)
     x, state = randn(1, T, C), KVCache(1, G, T, D)
     with torch.no_grad():
         whole = block(x, positions)
-        parts = [block(x[:, i:j], positions[i:j], state) for i, j in [(0, T - 50), *((i, i + 1) for i in range(T - 50, T))]]
+        cuts = [(0, T - 50), *((i, i + 1) for i in range(T - 50, T))]
+        parts = [block(x[:, i:j], positions[i:j], state) for i, j in cuts]
         error = (torch.cat(parts, 1) - whole).abs().max()
     print(f"\na block over {T} tokens at once, or {T - 50} and then one by one from its cache: {error:.0e} apart")
 

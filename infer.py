@@ -1,15 +1,15 @@
 """Serve a language model: a prompt in, text out, as fast as the machine's memory can be read.
 
-    prefill   all tokens of the prompt at once: matrix × matrix, bound by arithmetic   tokens/s ≤ FLOP/s / (2 · weights)
-    decode    one token a step: matrix × vector, bound by memory                       steps/s ≤ bytes/s / (bytes of weights + cache)
+    prefill   the prompt at once: matrix × matrix, bound by arithmetic   tokens/s ≤ FLOP/s / (2 · weights)
+    decode    one token a step: matrix × vector, bound by memory         steps/s ≤ bytes/s / (bytes of weights + cache)
 
 A decode step reads every weight once, whatever the batch: B sequences in step are nearly B times the tokens per second,
 until arithmetic or the cache (which each sequence has for itself) is the bound. Every figure printed here stands beside
 its bound.
 
     sampling  token = argmax(logits / temperature + g),  g = −log(−log u), u uniform in (0, 1): Gumbel-max, the same
-              distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded text
-              does not depend on what else is in the batch, on the order of requests, or on the machine's load.
+              distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
+              text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
 Qwen2, Llama or Mistral; `--score FILE`, `--bench`; without a prompt, on a terminal, it asks for one.
@@ -35,7 +35,7 @@ import train
 from train import Parser, UserError, load, measure, positive
 
 
-# --- 1. Sampler --------------------------------------------------------------------------------------------------------
+# --- 1. Sampler -------------------------------------------------------------------------------------------------------
 
 def _mix(x):
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): int64 [...] → int64, every bit depends on every bit."""
@@ -79,12 +79,14 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {what}")
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-        need(self.max_tokens is None or whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number from 1")
+        need(self.max_tokens is None or whole(self.max_tokens) and self.max_tokens >= 1,
+             "max_tokens", "a whole number from 1")
         need(number(self.temperature) and self.temperature >= 0, "temperature", "a number from 0 (greedy) up")
         need(whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number from 0 (off) up")
         need(number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "from 0 (greedy) to 1 (off)")
         need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 (off) to 1")
-        need(number(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "a number above 0 (1: off)")
+        need(number(self.repetition_penalty) and self.repetition_penalty > 0,
+             "repetition_penalty", "a number above 0 (1: off)")
         need(self.seed is None or whole(self.seed), "seed", "a whole number")
         need(whole(self.n) and self.n >= 1, "n", "a whole number from 1")
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -99,12 +101,13 @@ def sample(logits, requests):
     logits = logits.float()
     R, V = logits.shape
     device = logits.device
-    column = lambda name, dtype=torch.float32: torch.tensor([getattr(r.sampling, name) for r in requests], dtype=dtype, device=device)[:, None]
+    column = lambda name, dtype=torch.float32: torch.tensor([getattr(r.sampling, name) for r in requests],
+                                                            dtype=dtype, device=device)[:, None]
     if any(r.sampling.repetition_penalty != 1 for r in requests):
         seen = torch.zeros(R, V, dtype=torch.bool, device=device)
         for row, r in zip(seen, requests):
             row[torch.tensor(r.prompt + r.tokens, device=device)] = True
-        penalty = column("repetition_penalty")                               # makes a token less likely, whatever its sign
+        penalty = column("repetition_penalty")                               # makes a token rarer, whatever its sign
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not torch.isfinite(logits.amax(-1)).all():
         raise ValueError("the model's logits are not finite: its weights are broken, or --dtype float32 is needed")
@@ -113,7 +116,7 @@ def sample(logits, requests):
         return logits.argmax(-1)
     temperature = column("temperature")
     scores = logits / torch.where(greedy[:, None], 1, temperature)
-    if any(r.sampling.min_p > 0 for r in requests):                          # at least min_p of the likeliest's probability
+    if any(r.sampling.min_p > 0 for r in requests):                          # at least min_p of the likeliest's
         floor = scores.amax(-1, keepdim=True) + column("min_p").log()
         scores = scores.masked_fill(scores < floor, -torch.inf)
     if any(0 < r.sampling.top_k < V or r.sampling.top_p < 1 for r in requests):
@@ -138,10 +141,10 @@ def _signed(seed):
     return seed - 2 ** 64 if seed >= 2 ** 63 else seed
 
 
-# --- 2. Text: from tokens to what may be shown --------------------------------------------------------------------------
+# --- 2. Text: from tokens to what may be shown ------------------------------------------------------------------------
 
 class Text:
-    """The text of a growing list of tokens. Bytes of an unfinished character wait; a stop string cuts before it begins."""
+    """The text of a growing token list. Bytes of an unfinished character wait; a stop string cuts before it begins."""
 
     def __init__(self, tokenizer, stop=()):
         self.tokenizer, self.stop = tokenizer, stop
@@ -177,7 +180,7 @@ class Text:
         return piece
 
 
-# --- 3. Engine: requests, a runner over them, LLM ------------------------------------------------------------------------
+# --- 3. Engine: requests, a runner over them, LLM ---------------------------------------------------------------------
 
 @dataclass
 class Request:
@@ -249,7 +252,8 @@ def quicken(model, keep):
     for layer in layers:
         layer.__class__ = FewRows
     head = model.head
-    if head.weight.device.type != "cpu" or head.weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if (head.weight.device.type != "cpu" or head.weight.dtype != torch.float32
+            or not torch.backends.mkldnn.is_available()):
         return model
     head.pack()
     x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
@@ -269,7 +273,7 @@ def quicken(model, keep):
 
 
 class Slab:
-    """A `KVCache` of fixed shape, for a compiled decode step: the position is a tensor, the mask says how far it is filled."""
+    """A `KVCache` of fixed shape, for a compiled step: the position is a tensor, the mask says how far it is filled."""
 
     def __init__(self, k, v, position):
         self.k, self.v, self.position = k, v, position
@@ -280,7 +284,8 @@ class Slab:
         at = torch.arange(self.k.shape[2], device=k.device)
         seen = at <= self.position if window is None else (at <= self.position) & (at > self.position - window)
         (B, H, _, D), G = q.shape, k.shape[1]
-        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.k, self.v, attn_mask=seen.expand(H // G, -1))
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.k, self.v,
+                                           attn_mask=seen.expand(H // G, -1))
         return y.reshape(B, H, 1, D)
 
 
@@ -312,19 +317,21 @@ class Runner:
         if compiled:
             try:
                 self.step = self._compile(B)
-            except Exception as error:                                       # a compiler that is broken, a shape it has no kernel for
-                print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+            except Exception as error:                                       # a broken compiler, a shape without kernel
+                print(f"torch.compile does not work here ({type(error).__name__}); going on without it",
+                      file=sys.stderr)
 
     @torch.no_grad()
     def _compile(self, B):
         """A decode step for B rows as one compiled graph. Compiled at once: the settings count while it is traced."""
         import torch._inductor.config as inductor
         device = self.model.embed.weight.device
-        packed = B > 1 and device.type == "cpu"                              # several rows: weights laid out for their kernel
+        packed = B > 1 and device.type == "cpu"                              # several rows: weights laid out for them
         settings = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP") if packed else {}
         step = torch.compile(Step(self.model), dynamic=False, fullgraph=True)
         with inductor.patch(**settings):
-            step(torch.zeros(B, 1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device), self.slabs())
+            step(torch.zeros(B, 1, dtype=torch.int64, device=device),
+                 torch.zeros(1, dtype=torch.int64, device=device), self.slabs())
         return step
 
     def slabs(self):
@@ -364,13 +371,15 @@ class LLM:
     def __init__(self, folder, device=None, dtype=None, compile=False):
         self.folder, self.compile = Path(folder), compile
         self.model, self.tokenizer = load(folder, device, dtype)
-        self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if self.model.config.tied else self.model.embed.weight.numel())
+        self.weights = (sum(w.numel() for w in self.model.parameters())
+                        - (0 if self.model.config.tied else self.model.embed.weight.numel()))
         quicken(self.model, keep=compile)
         self.context = self.model.config.context
         self.eos_ids = set(self.tokenizer.eos_ids)
         self.no_text = None                                                  # ids that no token has: never sampled
         if self.tokenizer.vocab_size < self.model.config.vocab:
-            self.no_text = torch.arange(self.model.config.vocab, device=self.model.embed.weight.device) >= self.tokenizer.vocab_size
+            ids = torch.arange(self.model.config.vocab, device=self.model.embed.weight.device)
+            self.no_text = ids >= self.tokenizer.vocab_size
 
     def requests(self, prompt, sampling, index=0):
         """A prompt (text or token ids) and its settings, checked → n requests. ValueError names what does not fit."""
@@ -387,12 +396,13 @@ class LLM:
                 raise ValueError(f"token {bad[0]} is outside 0 … {V - 1}")
             room = self.context - len(ids)
             if room < (sampling.max_tokens or 1):
-                raise ValueError(f"prompt ({len(ids)} tokens) and max_tokens ({sampling.max_tokens or 1}) exceed the context of {self.context}")
+                raise ValueError(f"prompt ({len(ids)} tokens) and max_tokens ({sampling.max_tokens or 1}) "
+                                 f"exceed the context of {self.context}")
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return [Request(ids, sampling, seed, i, sampling.max_tokens or min(room, 128), Text(self.tokenizer, sampling.stop))
-                for i in range(sampling.n)]
+        return [Request(ids, sampling, seed, i, sampling.max_tokens or min(room, 128),
+                        Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
 
     def run(self, requests):
         """Generate for requests of one and the same prompt, yielding after each token: the state is in the requests."""
@@ -435,7 +445,8 @@ class LLM:
         for i, prompt in enumerate(prompts):
             own = {}
             for name, value in sampling.items():
-                several = isinstance(value, (list, tuple)) and (name != "stop" or any(not isinstance(v, str) for v in value))
+                several = (isinstance(value, (list, tuple))
+                           and (name != "stop" or any(not isinstance(v, str) for v in value)))
                 if several and len(value) != len(prompts):
                     raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
                 own[name] = value[i] if several else value
@@ -453,7 +464,7 @@ def bound(llm, machine, batch, context):
     return batch * machine.bandwidth / (size * (llm.weights + batch * cache))
 
 
-# --- 4. Chat templates and scores ----------------------------------------------------------------------------------------
+# --- 4. Chat templates and scores -------------------------------------------------------------------------------------
 
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
@@ -469,7 +480,7 @@ def chat_template(folder):
     return template and (template, {k: name(about[k]) for k in ("bos_token", "eos_token") if about.get(k)})
 
 
-BREAK = "\ufdd0"                                                              # a noncharacter, put into markers that a message spells
+BREAK = "\ufdd0"                                                             # a noncharacter, put into forged markers
 
 
 def chat_ids(tokenizer, template, messages):
@@ -500,7 +511,8 @@ def chat_ids(tokenizer, template, messages):
         raise UserError(f"the chat template does not render: {error}") from None
     ids, rest = [], text
     while rest:
-        at, marker = min(((i, m) for m in markers if (i := rest.find(m)) >= 0), key=lambda x: (x[0], -len(x[1])), default=(len(rest), ""))
+        at, marker = min(((i, m) for m in markers if (i := rest.find(m)) >= 0),
+                         key=lambda x: (x[0], -len(x[1])), default=(len(rest), ""))
         for part in plain(rest[:at].replace(BREAK, "")):
             ids += tokenizer.encode(part)
         ids += [tokenizer.special[marker]] if marker else []
@@ -512,8 +524,8 @@ def chat_ids(tokenizer, template, messages):
 def score(llm, text, overlap=0.5):
     """How well a model predicts a text → dict(tokens, bytes, nats_per_token, bits_per_byte).
 
-    A text longer than the context is read in windows that overlap by half: each token is scored once, with at least half
-    a context before it. The folder's own start token is context and not counted; without one the first token is not.
+    A text longer than the context is read in windows that overlap by half: each token is scored once, with at least
+    half a context before it. The folder's own start token is context, not counted; without one the first token is not.
     """
     start = llm.tokenizer.start_ids
     ids = start + llm.tokenizer.encode(text)
@@ -539,7 +551,8 @@ def score(llm, text, overlap=0.5):
 def bench(llm, machine, batch, prompt_tokens, new_tokens):
     """Time prefill and decode on random tokens, the median of three → the --bench record."""
     rng = np.random.default_rng(0)
-    tokens = torch.tensor(rng.integers(0, llm.tokenizer.vocab_size, (batch, prompt_tokens)), device=llm.model.embed.weight.device)
+    tokens = torch.tensor(rng.integers(0, llm.tokenizer.vocab_size, (batch, prompt_tokens)),
+                          device=llm.model.embed.weight.device)
     prefill, decode = [], []
     runner = Runner(llm.model, batch, prompt_tokens + new_tokens, compiled=llm.compile)
     for _ in range(4):                                                       # the first compiles and warms up
@@ -561,28 +574,34 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
                 bound_tokens_per_second=limit, bound_share=speed / limit)
 
 
-# --- 5. The command line -------------------------------------------------------------------------------------------------
+# --- 5. The command line ----------------------------------------------------------------------------------------------
 
 def arguments():
     p = Parser(prog="infer.py", description="Generate text with a model folder of train.py or of Hugging Face.")
-    p.add_argument("prompt", nargs="?", help="the text to continue (standard input if it is piped; on a terminal: a prompt loop)")
+    p.add_argument("prompt", nargs="?",
+                   help="the text to continue (standard input if it is piped; on a terminal: a prompt loop)")
     p.add_argument("--model", default="out", help="the model's folder (%(default)s)")
     p.add_argument("--max-tokens", type=int, help="new tokens at most (128, or what the context leaves)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
-    p.add_argument("--top-p", type=float, default=1.0, help="the smallest set of likeliest tokens that reaches p; 1: all")
-    p.add_argument("--min-p", type=float, default=0.0, help="only tokens at least this share as likely as the likeliest")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens that are there already get rarer")
+    p.add_argument("--top-p", type=float, default=1.0,
+                   help="the smallest set of likeliest tokens that reaches p; 1: all")
+    p.add_argument("--min-p", type=float, default=0.0,
+                   help="only tokens at least this share as likely as the likeliest")
+    p.add_argument("--repetition-penalty", type=float, default=1.0,
+                   help="above 1, tokens that are there already get rarer")
     p.add_argument("--seed", type=int, help="the same text again (a new one each time)")
     p.add_argument("--stop", action="append", help="end before this text; may be given several times")
     p.add_argument("--n", type=int, default=1, help="that many continuations")
     p.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and cache (float32 on a CPU, else the folder's)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                   help="of weights and cache (float32 on a CPU, else the folder's)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step, for --bench (where a compiler is there)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="compile the decode step, for --bench (where a compiler is there)")
     p.add_argument("--batch", type=positive(int), default=1, help="sequences at once, for --bench")
     p.add_argument("--prompt-tokens", type=positive(int), default=32, help="for --bench")
     p.add_argument("--new-tokens", type=positive(int), default=64, help="for --bench")
@@ -609,9 +628,11 @@ def complete(llm, machine, prompt, sampling, as_json):
     speed = dict(prefill=prompt_tokens / (first - t), decode=len(requests) * steps / (last - first) if steps else 0.0)
     if as_json:
         for r in requests:
-            show(json.dumps(dict(prompt=prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt), text=r.text, tokens=r.tokens,
-                                 finish_reason=r.finish_reason, prompt_tokens=prompt_tokens, generated_tokens=len(r.tokens),
-                                 prefill_tokens_per_second=speed["prefill"], decode_tokens_per_second=speed["decode"])), end="\n")
+            show(json.dumps(dict(prompt=prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt),
+                                 text=r.text, tokens=r.tokens, finish_reason=r.finish_reason,
+                                 prompt_tokens=prompt_tokens, generated_tokens=len(r.tokens),
+                                 prefill_tokens_per_second=speed["prefill"],
+                                 decode_tokens_per_second=speed["decode"])), end="\n")
     elif len(requests) > 1:
         for i, r in enumerate(requests):
             print(f"--- {i + 1} of {len(requests)}", file=sys.stderr, flush=True)
@@ -621,7 +642,8 @@ def complete(llm, machine, prompt, sampling, as_json):
     line = f"prompt {prompt_tokens} tokens at {speed['prefill']:,.0f}/s"
     if steps:
         limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
-        line += f" · generated {generated} at {speed['decode']:,.0f}/s, {speed['decode'] / limit:.0%} of what the memory allows"
+        line += (f" · generated {generated} at {speed['decode']:,.0f}/s, "
+                 f"{speed['decode'] / limit:.0%} of what the memory allows")
     print(line, file=sys.stderr)
     return requests
 
@@ -666,18 +688,23 @@ def main(argv=None):
         if args.bench and args.score or (args.bench or args.score) and args.prompt is not None:
             raise UserError("a prompt, --score and --bench: give one of them")
         text = train.read_text(args.score) if args.score else None
-        llm = LLM(args.model, args.device, args.dtype, compile=args.bench and args.compile is not False and train.compiler_there())
+        llm = LLM(args.model, args.device, args.dtype,
+                  compile=args.bench and args.compile is not False and train.compiler_there())
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
             result = score(llm, text)
-            show(json.dumps(result) if args.json else f"{result['bits_per_byte']:.4f} bits per byte, {result['nats_per_token']:.4f} nats per "
-                 f"token, over {result['tokens']:,} tokens ({result['bytes']:,} bytes)", end="\n")
+            show(json.dumps(result) if args.json else
+                 f"{result['bits_per_byte']:.4f} bits per byte, {result['nats_per_token']:.4f} nats per token, "
+                 f"over {result['tokens']:,} tokens ({result['bytes']:,} bytes)", end="\n")
         elif args.bench:
             if args.prompt_tokens + args.new_tokens > llm.context:
-                raise UserError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} exceed the context of {llm.context}")
+                raise UserError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} "
+                                f"exceed the context of {llm.context}")
             r = bench(llm, machine(), args.batch, args.prompt_tokens, args.new_tokens)
-            show(json.dumps(r) if args.json else f"batch {r['batch']}: prefill {r['prefill_tokens_per_second']:,.0f} tokens/s, decode "
-                 f"{r['decode_tokens_per_second']:,.1f} tokens/s, {r['bound_share']:.0%} of the memory bound ({r['bound_tokens_per_second']:,.1f})", end="\n")
+            show(json.dumps(r) if args.json else
+                 f"batch {r['batch']}: prefill {r['prefill_tokens_per_second']:,.0f} tokens/s, "
+                 f"decode {r['decode_tokens_per_second']:,.1f} tokens/s, "
+                 f"{r['bound_share']:.0%} of the memory bound ({r['bound_tokens_per_second']:,.1f})", end="\n")
         elif args.prompt is None and sys.stdin.isatty():
             prompt_loop(llm, machine, sampling)
         else:

@@ -16,7 +16,7 @@ library that reads those), state.pt (all that `--resume` needs), log.jsonl and l
 """
 import time
 
-START = time.monotonic()                                                     # --minutes counts from here, imports included
+START = time.monotonic()                                                     # --minutes counts from here, with imports
 
 import argparse
 import bz2
@@ -55,7 +55,7 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit code 2."""
 
 
-# --- 1. The machine and the dial ---------------------------------------------------------------------------------------
+# --- 1. The machine and the dial --------------------------------------------------------------------------------------
 
 @dataclass
 class Machine:
@@ -86,7 +86,7 @@ def measure(device=None, seconds=0.6):
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device != "cpu" else [])
     for dtype in dtypes:
         flops[dtype] = 0.0
-        for n in (128, 1024) if device == "cpu" else (4096,):                # where 128 is slow, 1024 would take seconds
+        for n in (128, 1024) if device == "cpu" else (4096,):                # where 128 is slow, 1024 takes seconds
             a, b = torch.randn(2, n, n, device=device).to(dtype)
             if n == 1024 and flops[dtype] < flops[torch.float32] / 8:
                 break
@@ -126,31 +126,32 @@ def shape_for(flops):
     return dict(layers="a" * row[1], dim=row[2], context=row[3], batch=row[4], vocab=row[5])
 
 
-# --- 2. Text and tokens ------------------------------------------------------------------------------------------------
+# --- 2. Text and tokens -----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into pieces before pairs are merged: a word with the space and up to four signs before it; a line's end
-# with the indentation and the word after it; signs; blanks. So the merges may learn "\n    return" or "(self." as one token,
-# which takes 13% fewer tokens than GPT-2's cut. All classes are spelled out, there is no look-ahead, every run is bounded:
-# every regex engine cuts alike, in linear time, and no input makes a long piece.
-_SIGN = r"[!-/:-@\[-\^`{-~]"                                                  # ASCII punctuation but _
-_WORD = r"[^\x00-@\[-\^`{-\x7f][^\x00-/:-@\[-\^`{-\x7f]{0,31}"             # letters, _, all beyond ASCII; then digits too
+# How text is cut into pieces before pairs are merged: a word with the space and up to four signs before it; a line's
+# end with the indentation and the word after it; signs; blanks. So the merges may learn "\n    return" or "(self." as
+# one token, which takes 13% fewer tokens than GPT-2's cut. All classes are spelled out, there is no look-ahead, every
+# run is bounded: every regex engine cuts alike, in linear time, and no input makes a long piece.
+_SIGN = r"[!-/:-@\[-\^`{-~]"                                                 # ASCII punctuation but _
+_WORD = r"[^\x00-@\[-\^`{-\x7f][^\x00-/:-@\[-\^`{-\x7f]{0,31}"               # letters, _, all beyond ASCII; then digits
 _LINE = r"[\r\n]{1,8}[ \t]{0,32}"
 _NEXT = rf"{_SIGN}{{0,4}} ?(?:{_WORD}|[0-9]{{1,3}})"
-PATTERN = rf" ?{_SIGN}{{0,4}}{_LINE}(?:{_NEXT})?| ?{_NEXT}| ?{_SIGN}{{1,32}}(?:{_LINE})?|[ \t]{{1,32}}|[\x00-\x1f\x7f]{{1,32}}"
+PATTERN = (rf" ?{_SIGN}{{0,4}}{_LINE}(?:{_NEXT})?| ?{_NEXT}| ?{_SIGN}{{1,32}}(?:{_LINE})?"
+           r"|[ \t]{1,32}|[\x00-\x1f\x7f]{1,32}")
 
 
 class Tokenizer:
     """A folder's tokenizer.json: text ↔ ids. Ours run on tiktoken, others on the `tokenizers` library as they are."""
 
     def __init__(self, source, eos_ids=None):
-        """source: the text of a tokenizer.json; eos_ids: the ids that end a text, if the folder's configuration has them."""
+        """source: the text of a tokenizer.json; eos_ids: the ids that end a text, if the configuration has them."""
         try:
             self.library = tokenizers.Tokenizer.from_str(source)
         except Exception as error:                                           # the library raises bare Exceptions
             raise UserError(f"tokenizer.json is not one that the tokenizers library reads: {error}") from None
-        self.source, self.beside, spec = source, {}, json.loads(source)      # beside: the folder's chat template and the like
+        self.source, self.beside, spec = source, {}, json.loads(source)      # beside: chat template and the like
         self.added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or [] if t["special"]}
         self.vocab_size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -190,7 +191,8 @@ class Tokenizer:
         return [np.asarray(row, dtype=np.uint32) for row in rows]
 
     def _encode_chars(self, text, special):
-        parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if special and self.special else [text]
+        parts = (re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if special and self.special
+                 else [text])
         ids = []
         for part in parts:
             if special and part in self.special:
@@ -201,14 +203,16 @@ class Tokenizer:
                 except KeyError as error:
                     char = error.args[0]
                     raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.chars)} of "
-                                    "this tokenizer (--tokenizer chars knows the characters of its training data)") from None
+                                    "this tokenizer (--tokenizer chars knows the characters "
+                                    "of its training data)") from None
         return ids
 
     def decode(self, ids):
         """ids → str; bytes that are no UTF-8 become U+FFFD; special tokens are kept; an id without a token is ''."""
         if self.fast or self.chars:
             return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return self.library.decode([i for i in ids if self.library.id_to_token(i) is not None], skip_special_tokens=False)
+        return self.library.decode([i for i in ids if self.library.id_to_token(i) is not None],
+                                   skip_special_tokens=False)
 
     def token_bytes(self, id):
         """The bytes that a token stands for (b'' for an id without one)."""
@@ -265,7 +269,8 @@ def make_tokenizer(kind, vocab, texts):
     alphabet = {char: i for i, char in enumerate(sorted(BYTE_LEVEL))}
     if kind == "bpe":
         if vocab < 257:
-            raise UserError(f"--vocab {vocab}: a byte-level vocabulary holds 256 bytes and {END_OF_TEXT}, so at least 257")
+            raise UserError(f"--vocab {vocab}: a byte-level vocabulary holds 256 bytes and {END_OF_TEXT}, "
+                            "so at least 257")
         tokenizer = _byte_level_tokenizer(alphabet, [], PATTERN)
         trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab - 1, show_progress=False,
                                                  initial_alphabet=sorted(BYTE_LEVEL))
@@ -288,16 +293,18 @@ def tiktoken_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:
-        raise UserError(f"--tokenizer {name}: tiktoken needs the network once to fetch it ({type(error).__name__}); use "
-                        "--tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+        raise UserError(f"--tokenizer {name}: tiktoken needs the network once to fetch it ({type(error).__name__}); "
+                        "use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
     ranks = encoding._mergeable_ranks
     to_char = {byte: char for char, byte in BYTE_LEVEL.items()}
     spell = lambda token: "".join(map(to_char.__getitem__, token))
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:                                                   # every pair that makes it: tiktoken knows no other rule
-            merges += [(spell(token[:i]), spell(token[i:])) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    vocab = {spell(t): r for t, r in ranks.items()} | encoding._special_tokens                  # ids of their own, with gaps
+        # Every pair that makes a token becomes a merge: tiktoken knows no other rule.
+        if len(token) > 1:
+            merges += [(spell(token[:i]), spell(token[i:])) for i in range(1, len(token))
+                       if token[:i] in ranks and token[i:] in ranks]
+    vocab = {spell(t): r for t, r in ranks.items()} | encoding._special_tokens  # ids of their own, with gaps
     tokenizer = _byte_level_tokenizer(vocab, merges, encoding._pat_str)
     tokenizer.add_special_tokens(list(encoding._special_tokens))
     return Tokenizer(tokenizer.to_str())
@@ -349,7 +356,8 @@ class Corpus:
 
 def cache_folder():
     """Where tokenized corpora are kept from run to run: $TWIN_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("TWIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
+    return Path(os.environ.get("TWIN_CACHE")
+                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
 
 
 def validation_files(root, files):
@@ -387,11 +395,11 @@ def load_corpus(data, kind, vocab, tokenizer=None):
             folder.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(dir=folder.parent))
         except OSError as error:
-            raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set TWIN_CACHE to a folder that can "
-                            "hold the tokens") from None
+            raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set TWIN_CACHE to a folder that "
+                            "can hold the tokens") from None
         try:
             write_tokens(made, root, files, kind, vocab, tokenizer)
-            with contextlib.suppress(OSError):                               # another run was quicker: its work is the same
+            with contextlib.suppress(OSError):                               # another run was quicker, with the same
                 made.rename(folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -400,7 +408,8 @@ def load_corpus(data, kind, vocab, tokenizer=None):
     parts = {}
     for part in ("train", "val"):
         size = (folder / f"{part}.bin").stat().st_size
-        parts[part] = np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if size else np.zeros(0, about["dtype"])
+        parts[part] = (np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if size
+                       else np.zeros(0, about["dtype"]))
     return Corpus(tokenizer, parts["train"], parts["val"], len(files), about["train_bytes"], about["val_bytes"], folder)
 
 
@@ -412,9 +421,9 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
         raise UserError(f"the data holds no text: {files[0] if len(files) == 1 else root} is empty")
     if tokenizer is None:
         texts = [text for val, text, _ in documents(root, files, read) if not val] if kind in ("bpe", "chars") else []
-        if kind == "chars":                                                  # a character of the last tenth is known too
+        if kind == "chars":                                                  # the last tenth's characters are known too
             texts = [text for _, text, _ in documents(root, files, read)]
-        if kind == "bpe":                                                    # 4 MB, evenly spread, teach the merges as well
+        if kind == "bpe":                                                    # 4 MB, evenly spread, teach merges as well
             texts = [text[:2 ** 22] for text in texts[::max(1, round(total / 2 ** 22))]]
         tokenizer = make_tokenizer(kind, vocab, texts)
         if kind == "bpe" and tokenizer.vocab_size < vocab:
@@ -425,12 +434,14 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
     with contextlib.ExitStack() as stack:
         out = {part: stack.enter_context(open(folder / f"{part}.bin", "wb")) for part in sizes}
         val_text = stack.enter_context(open(folder / "val.txt", "wb"))
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokens", leave=False, **quiet_bar()))
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokens", leave=False,
+                                       **quiet_bar()))
 
         def flush():
             nonlocal batch, waiting
             texts = [text for _, text, _ in batch]
-            rows = [np.frombuffer(t, np.uint8) for t in texts] if texts and isinstance(texts[0], bytes) else tokenizer.encode_batch(texts)
+            rows = ([np.frombuffer(t, np.uint8) for t in texts] if texts and isinstance(texts[0], bytes)
+                    else tokenizer.encode_batch(texts))
             for (val, text, ends), row in zip(batch, rows):
                 raw = text if isinstance(text, bytes) else text.encode("utf-8")
                 part = "val" if val else "train"
@@ -451,7 +462,8 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
                     flush()
         flush()
     (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
-    (folder / "about.json").write_text(json.dumps(dict(dtype=dtype.name, train_bytes=sizes["train"], val_bytes=sizes["val"])), encoding="utf-8")
+    about = dict(dtype=dtype.name, train_bytes=sizes["train"], val_bytes=sizes["val"])
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def pieces(text, size=2 ** 20):
@@ -472,11 +484,12 @@ def quiet_bar():
 
 def compressors(text):
     """Bits per byte that the standard library's compressors need for `text` (bytes) → {name: bits per byte}."""
-    packed = {"zlib -9": zlib.compress(text, 9), "bz2 -9": bz2.compress(text, 9), "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}
+    packed = {"zlib -9": zlib.compress(text, 9), "bz2 -9": bz2.compress(text, 9),
+              "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}
     return {name: 8 * len(data) / max(len(text), 1) for name, data in packed.items()}
 
 
-# --- 3. The model, and folders in and out ------------------------------------------------------------------------------
+# --- 3. The model, and folders in and out -----------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -509,9 +522,11 @@ def qwen3_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, rope_the
         architectures=["Qwen3ForCausalLM"], model_type="qwen3", layers=layers, hidden_size=dim, head_dim=dim // heads,
         intermediate_size=-(-8 * dim // 3 // 32) * 32, num_hidden_layers=len(layers), num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=context, hidden_act="silu",
-        rms_norm_eps=1e-6, attention_bias=False, use_sliding_window=False, sliding_window=None, tie_word_embeddings=tied,
-        rope_theta=rope_theta, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=rope_theta),
-        bos_token_id=None, eos_token_id=eos_ids[0] if len(eos_ids) == 1 else eos_ids or None, dtype="float32", torch_dtype="float32")
+        rms_norm_eps=1e-6, attention_bias=False, use_sliding_window=False, sliding_window=None,
+        tie_word_embeddings=tied, rope_theta=rope_theta, rope_scaling=None,
+        rope_parameters=dict(rope_type="default", rope_theta=rope_theta),
+        bos_token_id=None, eos_token_id=eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
+        dtype="float32", torch_dtype="float32")
 
 
 KINDS = {   # model_type: what its config.json may leave out (None: the number of heads; "quotient": dim / heads)
@@ -530,8 +545,8 @@ def parse_config(raw, generation=None):
     kind = raw.get("model_type")
     if kind not in KINDS:
         raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
-    defaults, missing = KINDS[kind], [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
-                                                  "vocab_size") if not isinstance(raw.get(k), int)]
+    defaults, missing = KINDS[kind], [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers",
+                                                  "intermediate_size", "vocab_size") if not isinstance(raw.get(k), int)]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
 
@@ -542,7 +557,8 @@ def parse_config(raw, generation=None):
     if raw.get("quantization_config"):
         refuse("quantization_config", "only folders of plain weights")
     dim, heads, n = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
-    head_dim = raw.get("head_dim") or (dim // heads if defaults["head_dim"] == "quotient" or "head_dim" in raw else defaults["head_dim"])
+    head_dim = raw.get("head_dim") or (dim // heads if defaults["head_dim"] == "quotient" or "head_dim" in raw
+                                       else defaults["head_dim"])
     kv_heads = raw.get("num_key_value_heads", defaults["kv_heads"] or heads) or heads
     if heads % kv_heads:
         refuse("num_key_value_heads", f"it must divide the {heads} heads")
@@ -567,8 +583,9 @@ def parse_config(raw, generation=None):
         model_type=kind, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         hidden=raw["intermediate_size"], vocab=raw["vocab_size"], context=raw.get("max_position_embeddings", 2048),
         windows=[window if t == "sliding_attention" else None for t in types], inv_freq=inv_freq, rotary_factor=factor,
-        eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)), qk_norm=defaults["qk_norm"],
-        qkv_bias=bias or kind == "qwen2", out_bias=bias, mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+        eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)),
+        qk_norm=defaults["qk_norm"], qkv_bias=bias or kind == "qwen2", out_bias=bias,
+        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
         eos_ids=eos_ids, raw=raw)
 
 
@@ -584,24 +601,26 @@ def parse_rope(raw, D):
         raise UserError("config.json: rope_parameters of its own for each layer type is not supported")
     if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
         raise UserError("config.json: partial_rotary_factor is not supported: only heads that rotate whole")
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"], "yarn": [], "default": []}
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+              "yarn": [], "default": []}
     if kind not in needed:
         raise UserError(f"config.json: rotary scaling {kind!r} is not supported; supported are {', '.join(needed)}")
     if missing := [key for key in needed[kind] if not rope.get(key)]:
         raise UserError(f"config.json: rotary scaling {kind} needs {', '.join(missing)}")
     inv_freq = base ** (-np.arange(0, D, 2) / D)
-    length = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 2048)
+    length = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+              or raw.get("max_position_embeddings", 2048))
     factor = rope.get("factor") or raw.get("max_position_embeddings", length) / length
     attention_factor = 1.0
     if kind == "linear":
         inv_freq = inv_freq / factor
-    elif kind == "llama3":                                                   # long waves slowed, short ones kept, a ramp between
+    elif kind == "llama3":                                                   # long waves slowed, short kept; a ramp
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = length * inv_freq / (2 * math.pi)                            # turns within the original context
         ramp = np.clip((turns - low) / (high - low), 0, 1)
         inv_freq = (1 - ramp) * inv_freq / factor + ramp * inv_freq
     elif kind == "yarn":
-        def dimension(turns):                                                # the pair that turns that often in `length`
+        def dimension(turns):                                                # the pair that turns so often in `length`
             return D * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
         low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
         if rope.get("truncate", True):
@@ -620,7 +639,7 @@ def parse_rope(raw, D):
 
 
 class Model(nn.Module):
-    """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block, see `new_states`."""
+    """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block (`new_states`)."""
 
     def __init__(self, config):
         super().__init__()
@@ -628,7 +647,8 @@ class Model(nn.Module):
         rotary = Rotary(c.inv_freq, c.rotary_factor)
         self.embed = nn.Embedding(c.vocab, c.dim)
         self.blocks = nn.ModuleList(
-            Block(Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps),
+            Block(Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary,
+                            c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps),
                   MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) for window in c.windows)
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
@@ -681,7 +701,7 @@ EMBED_STD, INIT_SCALE = 1.0, 0.7
 
 
 def folder_tensors(model):
-    """The model's weights under their Hugging Face names, as views: written to save, filled to load → {name: tensor}."""
+    """A model's weights under their Hugging Face names, as views: written to save, filled to load → {name: tensor}."""
     c, named = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
     if not c.tied:
         named["lm_head.weight"] = model.head.weight
@@ -727,7 +747,8 @@ def shards(folder):
         if not missing:
             return {name: folder / file for name, file in listed.items()}
         if not whole.exists():
-            raise UserError(f"{folder / missing[0]}: not there, though {index.name} names it; the download is incomplete")
+            raise UserError(f"{folder / missing[0]}: not there, though {index.name} names it; "
+                            "the download is incomplete")
     if not whole.exists():
         raise UserError(f"{whole}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
                         "(python train.py makes one)")
@@ -745,11 +766,13 @@ def open_shard(path):
 def load_weights(model, folder):
     """Fill the model from a folder's safetensors. UserError names a tensor that is missing, left over or misshapen."""
     wanted, files = folder_tensors(model), shards(folder)
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq") or model.config.tied and name == "lm_head.weight"}
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")
+               or model.config.tied and name == "lm_head.weight"}
     for problem, names in (("is not in the files", wanted.keys() - files.keys()),
                            ("has no place in this architecture", files.keys() - wanted.keys() - ignored)):
         if names:
-            raise UserError(f"{folder}: the tensor {min(names)} {problem}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
+            raise UserError(f"{folder}: the tensor {min(names)} {problem}"
+                            + (f" (and {len(names) - 1} more)" if len(names) > 1 else ""))
     for path in sorted(set(files.values())):
         with open_shard(path) as f:
             for name in sorted(n for n, p in files.items() if p == path and n in wanted):
@@ -757,7 +780,8 @@ def load_weights(model, folder):
                     raise UserError(f"{path}: the tensor {name} is not in it, though the index says so")
                 shape = f.get_slice(name).get_shape()
                 if list(shape) != list(wanted[name].shape):
-                    raise UserError(f"{path}: the tensor {name} is {shape}, config.json says {list(wanted[name].shape)}")
+                    raise UserError(f"{path}: the tensor {name} is {shape}, "
+                                    f"config.json says {list(wanted[name].shape)}")
                 wanted[name].copy_(f.get_tensor(name))
 
 
@@ -796,7 +820,8 @@ def load_tokenizer(folder, eos_ids=None):
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer(path.read_text(encoding="utf-8"), eos_ids)
-        beside = [path.with_name(name) for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")]
+        beside = [path.with_name(name) for name in ("tokenizer_config.json", "generation_config.json",
+                                                    "chat_template.jinja")]
         tokenizer.beside = {p.name: p.read_text(encoding="utf-8") for p in beside if p.exists()}
         return tokenizer
     except FileNotFoundError:
@@ -833,7 +858,7 @@ def save(model, tokenizer, folder):
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
-# --- 4. Optimizer and schedule -----------------------------------------------------------------------------------------
+# --- 4. Optimizer and schedule ----------------------------------------------------------------------------------------
 
 LR = 0.02                                                                    # Muon's; the others keep their ratio to it
 ADAM_LR = {"embed": 0.3, "head": 0.006, "gain": 0.003}
@@ -844,8 +869,8 @@ NEWTON_SCHULZ = ((7.5954, -22.0924, 16.3015), (3.2996, -2.7534, 0.6109), (2.9207
 def orthogonalize(x):
     """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each.
 
-    Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a singular
-    value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
+    Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a
+    singular value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
     """
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)        # singular values within 0 … 1
     for a, b, c in NEWTON_SCHULZ:
@@ -870,10 +895,12 @@ class Optimizer:
         groups = {"embed": [], "head": [], "gain": []}
         for name, weight in model.named_parameters():
             if weight not in hidden:
-                groups["embed" if name.startswith("embed") else "head" if name.startswith("head") else "gain"].append(weight)
+                kind = "embed" if name.startswith("embed") else "head" if name.startswith("head") else "gain"
+                groups[kind].append(weight)
         self.adam = torch.optim.AdamW([dict(params=weights, lr=ADAM_LR[kind] * lr / LR, rate=ADAM_LR[kind] * lr / LR)
                                        for kind, weights in groups.items() if weights],
-                                      betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+                                      betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
+                                      fused=device.type in ("cpu", "cuda"))
 
     @torch.no_grad()
     def step(self, scale, momentum=0.95):
@@ -888,7 +915,7 @@ class Optimizer:
             update = orthogonalize(g.lerp_(m, momentum))                     # Nesterov: a step ahead of the mean
             for view, u, (_, i, j, tall) in zip(views, update, parts):
                 rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
-                decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)       # cautious: only where both pull the same way
+                decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)       # cautious: where both pull the same way
                 view.sub_(view * decay).sub_(u, alpha=rate)
 
     def state_dict(self):
@@ -937,7 +964,7 @@ def batch_at(tokens, starts, context, device="cpu"):
     return rows[:, :-1], rows[:, 1:]
 
 
-# --- 5. The loop -------------------------------------------------------------------------------------------------------
+# --- 5. The loop ------------------------------------------------------------------------------------------------------
 
 def token_lengths(tokenizer):
     """Bytes of text that each id stands for → [vocabulary] (special tokens are no text: 0)."""
@@ -952,7 +979,8 @@ def evaluate(model, tokens, context, lengths, limit=None):
     All of `tokens`, or, with `limit`, about that many in evenly spaced windows: the same ones each time.
     """
     windows = max(1, -(-(len(tokens) - 1) // context))
-    chosen = range(windows) if not limit or limit >= len(tokens) else np.linspace(0, windows - 2, max(1, limit // context)).astype(int)
+    chosen = (range(windows) if not limit or limit >= len(tokens)
+              else np.linspace(0, windows - 2, max(1, limit // context)).astype(int))
     training = model.training
     model.eval()
     device = model.embed.weight.device
@@ -1016,7 +1044,8 @@ def plot(log, path, title):
     unit, name = (60, "minutes") if longest > 120 else (1, "seconds")
     time_ = [r["seconds"] / unit for r in steps]
     axis.plot(time_, [r["train_loss"] for r in steps], color="#9ecae1", linewidth=1.5, label="training")
-    axis.plot(time_, [r["val_loss"] for r in steps], color="#08519c", linewidth=2, marker="o", markersize=3.5, label="validation")
+    axis.plot(time_, [r["val_loss"] for r in steps], color="#08519c", linewidth=2, marker="o", markersize=3.5,
+              label="validation")
     axis.set(xlabel=f"{name} since the start", ylabel="loss, nats per token", title=title)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -1044,7 +1073,7 @@ class Run:
         self.step = self.tokens = self.windows = 0
         self.spent_before = 0.0                                              # seconds of the processes before this one
         self.done, self.finished = 0.0, False                                # the share of the run that is over
-        self.log, self.recent = [], [0.0, 0]                                 # evaluations; sum and count of losses since the last
+        self.log, self.recent = [], [0.0, 0]                                 # evaluations; losses since: sum and count
 
     def spent(self):
         return self.spent_before + time.monotonic() - START
@@ -1056,9 +1085,10 @@ class Run:
         with replacing(self.out / "log.jsonl") as path:
             path.write_text(lines, encoding="utf-8")
         t = self.corpus.tokenizer
-        state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows, seconds=self.spent(),
-                     done=self.done, recent=self.recent, finished=self.finished, model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), config=self.model.config.raw, train_tokens=len(self.corpus.train),
+        state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows,
+                     seconds=self.spent(), done=self.done, recent=self.recent, finished=self.finished,
+                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     config=self.model.config.raw, train_tokens=len(self.corpus.train),
                      tokenizer=dict(source=t.source, eos_ids=t.eos_ids, beside=t.beside))
         with replacing(self.out / "state.pt") as path:
             torch.save(state, path)
@@ -1066,7 +1096,8 @@ class Run:
     def restore(self, state):
         """Go on from what `save` wrote; with more minutes or steps than then, less of the run is over."""
         if len(self.corpus.train) != state["train_tokens"]:
-            raise UserError("the data is not what this run was trained on; put it back, or start a new run in another --out")
+            raise UserError("the data is not what this run was trained on; put it back, "
+                            "or start a new run in another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens, self.windows, self.recent = (state[k] for k in ("step", "tokens", "windows", "recent"))
@@ -1075,15 +1106,17 @@ class Run:
         share = length(state["settings"]) / length(self.settings)
         self.done = state["done"] * share
         if (self.out / "log.jsonl").exists():
-            records = [json.loads(line) for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
+            lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines if line]
             self.log = [dict(r, done=round(r["done"] * share, 4)) for r in records if r["step"] <= self.step]
 
     def record(self, val_loss, val_bpb, speed):
         """Note an evaluation; the training loss beside it is the mean since the one before."""
         train_loss = self.recent[0] / self.recent[1] if self.recent[1] else val_loss
         self.recent = [0.0, 0]
-        self.log.append(dict(step=self.step, seconds=round(self.spent(), 2), tokens=self.tokens, done=round(self.done, 4),
-                             train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb, tokens_per_second=speed and round(speed),
+        self.log.append(dict(step=self.step, seconds=round(self.spent(), 2), tokens=self.tokens,
+                             done=round(self.done, 4), train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb,
+                             tokens_per_second=speed and round(speed),
                              lr=self.settings["lr"] * schedule(self.done)))
 
     def micro_step(self, hidden):
@@ -1097,7 +1130,8 @@ class Run:
             x, y = batch_at(self.corpus.train, starts[i:i + rows], context, s["device"])
             with autocast(s["device"], s["dtype"]):
                 h = hidden(x)
-                loss = linear_cross_entropy(h.flatten(0, 1).to(self.model.head.weight.dtype), self.model.head.weight, y.flatten())
+                head = self.model.head.weight
+                loss = linear_cross_entropy(h.flatten(0, 1).to(head.dtype), head, y.flatten())
             (loss * (len(x) / count)).backward()
             total += loss.item() * len(x) / count
         self.windows += count
@@ -1114,7 +1148,7 @@ def autocast(device, dtype):
 
 
 def flops_per_token(model, context):
-    """Training FLOPs a token: 6 for each weight that multiplies, and attention's products (causal half not deducted)."""
+    """Training FLOPs a token: 6 for a weight that multiplies, and attention's products (causal half not deducted)."""
     c = model.config
     weights = sum((j - i) * w.shape[1] for w, i, j in model.matrices()) + model.head.weight.numel()
     return 6 * weights + 12 * len(model.blocks) * context * c.heads * c.head_dim
@@ -1143,7 +1177,7 @@ class Stop:
 
 
 EVALUATE_AT = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)    # shares of a run
-SAMPLED_TOKENS, SAVE_EVERY = 2 ** 15, 60                                     # tokens of an evaluation on the way; seconds
+SAMPLED_TOKENS, SAVE_EVERY = 2 ** 15, 60                                     # tokens of an evaluation midway; seconds
 
 
 def train_loop(run, stop):
@@ -1161,41 +1195,46 @@ def train_loop(run, stop):
     model.train()
     with bar:
         while not stop.code:
-            run.done = begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total else run.step / s["steps"]
+            run.done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
+                        else run.step / s["steps"])
             if run.done >= 1 and run.step:
                 return True
             if ready and run.done >= ready[0] or total and not reserve:
                 ready = [t for t in ready if t > run.done]
                 t = time.monotonic()
                 val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, SAMPLED_TOKENS)
-                if total:                                                    # the end needs a whole evaluation, samples, files
-                    reserve = min(0.2 * total, (time.monotonic() - t) * max(1, len(corpus.val) / SAMPLED_TOKENS) + END_SECONDS)
+                if total:                                                    # for a whole evaluation, samples, files
+                    reserve = min(0.2 * total, (time.monotonic() - t) * max(1, len(corpus.val) / SAMPLED_TOKENS)
+                                  + END_SECONDS)
                 run.record(val_loss, val_bpb, speed)
             t = time.monotonic()
             if s["compile"] is None and len(times) == 10 and total and total - run.spent() > COMPILE_PAYS:
                 bar.set_postfix_str("compiling, half a minute or so …")
                 hidden = torch.compile(plain)
-            elif s["compile"] is None and len(times) == 16 and hidden is not plain and min(times[11:]) > min(times[:10]):
+            elif (s["compile"] is None and len(times) == 16 and hidden is not plain
+                  and min(times[11:]) > min(times[:10])):
                 hidden = plain                                               # measured: it does not pay here
             try:
                 loss = run.micro_step(hidden)
             except Exception as error:
                 if hidden is plain or s["compile"]:
                     raise
-                tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+                tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it",
+                           file=sys.stderr)
                 hidden = plain
                 model.zero_grad(set_to_none=True)
                 loss = run.micro_step(hidden)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if math.isfinite(loss) and torch.isfinite(norm):
-                run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
+                run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP),
+                                   0.85 + 0.1 * min(1, run.step / 300))
                 bad, run.recent = 0, [run.recent[0] + loss, run.recent[1] + 1]
             else:
                 bad += 1
                 tqdm.write(f"step {run.step}: the loss is not finite, the step is skipped", file=sys.stderr)
                 if bad == 5:
-                    raise UserError("five steps in a row without a finite loss; the last checkpoint is the last good one: "
-                                    "resume from it with a lower --lr")
+                    raise UserError("five steps in a row without a finite loss; the last checkpoint is the last good "
+                                    "one: resume from it with a lower --lr")
             model.zero_grad(set_to_none=True)
             run.step += 1
             times.append(time.monotonic() - t)
@@ -1204,7 +1243,8 @@ def train_loop(run, stop):
             left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
             best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
             bar.set_postfix_str(f"step {run.step} · loss {loss:.3f} · val {best} bits/byte · {speed:,.0f} tokens/s"
-                                + (f" · {speed * per_token / peak:.0%} of peak" if peak else "") + f" · {clock(left)} left", refresh=False)
+                                + (f" · {speed * per_token / peak:.0%} of peak" if peak else "")
+                                + f" · {clock(left)} left", refresh=False)
             bar.update(min(run.spent(), total) - bar.n if total else 1)
             if time.monotonic() - saved > SAVE_EVERY:
                 run.save()
@@ -1212,11 +1252,12 @@ def train_loop(run, stop):
     return False
 
 
-WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 210.0                              # steps; seconds; seconds left that make up for it
+WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 600.0                            # steps; seconds; seconds that repay it
 
 
 def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}"
+    return (f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600
+            else f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}")
 
 
 def finish(run):
@@ -1227,28 +1268,32 @@ def finish(run):
     run.finished, run.done = True, 1.0
     run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"])
     run.save()
-    print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens")
+    print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) "
+          f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens")
     text = (corpus.folder / "val.txt").read_bytes()
-    print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items()) + "   on the same text")
+    print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
+          + "   on the same text")
     start = corpus.tokenizer.eos_ids[:1] or corpus.tokenizer.encode("\n")
     room = max(1, min(200, s["context"] - 1))
     if s["data"] is None:
         texts = write_samples(model, corpus.tokenizer, start, count=32, length=room, seed=s["seed"])
         share = sum(map(is_python_prefix, texts)) / len(texts)
         print(f"samples      {share:.0%} of {len(texts)} are Python as far as they go (ast.parse)")
-        sample = write_samples(model, corpus.tokenizer, start + corpus.tokenizer.encode("def "), length=room, seed=s["seed"])[0]
+        sample = write_samples(model, corpus.tokenizer, start + corpus.tokenizer.encode("def "),
+                               length=room, seed=s["seed"])[0]
     else:
         sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")                    # a code page never ends a run
-    title = f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · {run.tokens / 1e6:.1f} M tokens"
+    print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")  # a code page never ends a run
+    title = (f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · "
+             f"{run.tokens / 1e6:.1f} M tokens")
     plot(run.log, run.out / "loss.png", title)
     where = "" if s["out"] == "out" else f"--model {s['out']} "
-    print(f"saved        {run.out}/ (loss.png shows the run)\nnext         python infer.py {where}\"def fibonacci(n):\"" if s["data"] is None else
-          f"saved        {run.out}/ (loss.png shows the run)\nnext         python infer.py {where}\"…\"")
+    print(f"saved        {run.out}/ (loss.png shows the run)\n"
+          f"next         python infer.py {where}" + ('"def fibonacci(n):"' if s["data"] is None else '"…"'))
 
 
-# --- 6. The command line -----------------------------------------------------------------------------------------------
+# --- 6. The command line ----------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error."""
@@ -1301,9 +1346,11 @@ def check(args):
     if args.vocab and args.tokenizer not in (None, "bpe"):
         raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
     if args.init:
-        given = [f for f in ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads") if getattr(args, f) is not None]
+        given = [f for f in ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads")
+                 if getattr(args, f) is not None]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} contradicts --init: the folder {args.init} has that settled")
+            raise UserError(f"--{given[0].replace('_', '-')} contradicts --init: "
+                            f"the folder {args.init} has that settled")
 
 
 def plan(args, machine):
@@ -1322,23 +1369,26 @@ def plan(args, machine):
     if str(s["layers"]).isdigit():
         s["layers"] = "a" * int(s["layers"])
     if not s["layers"] or set(s["layers"]) - {"a"}:
-        raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; known is a (attention + MLP)")
+        raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; "
+                        "known is a (attention + MLP)")
     heads = s["heads"] = args.heads or max(1, s["dim"] // 64)
     if s["dim"] % heads or s["dim"] // heads % 2:
         raise UserError(f"--dim {s['dim']} and --heads {heads}: the head size must come out whole and even")
     s["kv_heads"] = args.kv_heads or (heads // 2 if heads >= 8 and heads % 2 == 0 else heads)
     if heads % s["kv_heads"]:
-        raise UserError(f"--heads {heads} and --kv-heads {s['kv_heads']}: each kv head must serve the same number of heads")
+        raise UserError(f"--heads {heads} and --kv-heads {s['kv_heads']}: "
+                        "each kv head must serve the same number of heads")
     s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
     s["lr"] = args.lr or (LR if not args.init else LR / 10)
     if args.compile is None and (args.steps or not compiler_there()):
-        s["compile"] = False                                                 # else None: the loop measures whether it pays
+        s["compile"] = False                                                 # else None: the loop measures if it pays
     return s
 
 
 def compiler_there():
     """Whether torch.compile can work here: on a GPU it needs Triton, which torch brings; on a CPU a C++ compiler."""
-    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None
+    return (torch.cuda.is_available()
+            or shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None)
 
 
 def writable(out):
@@ -1369,7 +1419,8 @@ def resumed_settings(args, saved):
             continue
         value = "a" * int(value) if flag == "layers" and value.isdigit() else value
         if value != saved[flag]:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved[flag]}; a resumed run keeps its settings")
+            raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved[flag]}; "
+                            "a resumed run keeps its settings")
     if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
         raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
     return dict(saved, out=args.out, minutes=max(args.minutes or 0, saved["minutes"] or 0) or None,
@@ -1383,9 +1434,11 @@ def prepare(args):
     state = read_state(args.out) if args.resume else None
     if state:
         settings = resumed_settings(args, state["settings"])
-        over = settings["minutes"] == state["settings"]["minutes"] if settings["minutes"] else settings["steps"] <= state["step"]
+        over = (settings["minutes"] == state["settings"]["minutes"] if settings["minutes"]
+                else settings["steps"] <= state["step"])
         if state["finished"] and over:
-            print(f"the run in {args.out} is finished, after {state['step']:,} steps; more --minutes or --steps go on with it")
+            print(f"the run in {args.out} is finished, after {state['step']:,} steps; "
+                  "more --minutes or --steps go on with it")
             return None
     device = pick_device(settings["device"] if state else args.device)
     machine = None if args.steps or state and settings["steps"] else measure(device)
@@ -1405,15 +1458,15 @@ def prepare(args):
     context = settings["context"]
     for part, tokens, least in (("training", corpus.train, context + 2), ("validation", corpus.val, 2)):
         if len(tokens) < least:
-            raise UserError(f"the {part} part of the data has {len(tokens)} tokens, fewer than a context of {context} needs; "
-                            "give more text or a smaller --context")
+            raise UserError(f"the {part} part of the data has {len(tokens)} tokens, "
+                            f"fewer than a context of {context} needs; give more text or a smaller --context")
     if start:
         model = start[0].train()
         model.config.raw.update(dtype="float32", torch_dtype="float32")
     else:
         raw = state["config"] if state else qwen3_config(
-            settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"], corpus.tokenizer.vocab_size, context,
-            corpus.tokenizer.eos_ids)
+            settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"],
+            corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids)
         model = empty_model(parse_config(raw), device=device)
         model = model if state else model.initialize(settings["seed"])
     run = Run(settings, corpus, model, machine)
@@ -1421,15 +1474,19 @@ def prepare(args):
         run.restore(state)
     c = model.config
     size = sum(w.numel() for w in model.parameters())
-    print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, {corpus.val_bytes / 1e6:.2f} MB to validate; "
-          f"{corpus.tokenizer.vocab_size:,} tokens, {(corpus.train_bytes + corpus.val_bytes) / max(1, len(corpus.train) + len(corpus.val)):.2f} bytes each")
-    print(f"model        {len(c.layers)} layers × {c.dim}, {c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, {size / 1e6:.2f} M parameters")
+    token_bytes = (corpus.train_bytes + corpus.val_bytes) / max(1, len(corpus.train) + len(corpus.val))
+    print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, "
+          f"{corpus.val_bytes / 1e6:.2f} MB to validate; "
+          f"{corpus.tokenizer.vocab_size:,} tokens, {token_bytes:.2f} bytes each")
+    print(f"model        {len(c.layers)} layers × {c.dim}, {c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, "
+          f"{size / 1e6:.2f} M parameters")
     if machine:
-        print(f"machine      {device}, {torch.get_num_threads()} threads: " + ", ".join(
-            f"{str(k).split('.')[1]} {v / 1e9:,.0f}" for k, v in machine.flops.items()) + f" GFLOP/s; memory {machine.bandwidth / 1e9:.0f} GB/s")
+        print(f"machine      {device}, {torch.get_num_threads()} threads: "
+              + ", ".join(f"{str(k).split('.')[1]} {v / 1e9:,.0f}" for k, v in machine.flops.items())
+              + f" GFLOP/s; memory {machine.bandwidth / 1e9:.0f} GB/s")
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{settings['steps']:,} steps"
-    print(f"run          {length} of "
-          f"{settings['batch']} × {context} tokens, {settings['dtype']}" + (f", from step {run.step:,}" if state else ""), flush=True)
+    print(f"run          {length} of {settings['batch']} × {context} tokens, {settings['dtype']}"
+          + (f", from step {run.step:,}" if state else ""), flush=True)
     return run
 
 
@@ -1438,7 +1495,7 @@ def main(argv=None):
     global START
     try:
         if argv is not None:
-            START = time.monotonic()                                         # called by a program, not started by a shell
+            START = time.monotonic()                                         # called by a program, not from a shell
         run = prepare(arguments().parse_args(argv))
         if run is None:
             return 0
