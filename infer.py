@@ -22,6 +22,7 @@ import argparse
 import codecs
 import json
 import math
+import os
 import secrets
 import sys
 from dataclasses import dataclass, field
@@ -223,8 +224,8 @@ class Request:
 class FewRows(torch.nn.Linear):
     """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
 
-    On a CPU the weights may be packed once into oneDNN's own order (`quicken` measures whether that pays). One row in a
-    compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
+    On a CPU a second copy of the weights may be packed in oneDNN's own order (`quicken` measures whether that pays). One
+    row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
     """
     packed = None
 
@@ -232,28 +233,29 @@ class FewRows(torch.nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
 
     def forward(self, x):
+        rows = x.numel() // x.shape[-1]
         if torch.compiler.is_compiling():
-            if x.numel() == x.shape[-1] and x.device.type == "cpu":
+            if rows == 1 and x.device.type == "cpu":
                 y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
                 return y if self.bias is None else y + self.bias
-        elif self.packed is not None:
+        elif self.packed is not None and rows <= 32:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
 
 @torch.no_grad()
-def quicken(model, keep):
-    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine.
-
-    keep: the plain weights stay as well, for a compiler; else only the head's do (`score` reads them).
+def quicken(model):
+    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine and memory is
+    no matter: a second copy of the weights is held.
     """
     model.requires_grad_(False)
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     for layer in layers:
         layer.__class__ = FewRows
     head = model.head
-    if (head.weight.device.type != "cpu" or head.weight.dtype != torch.float32
-            or not torch.backends.mkldnn.is_available()):
+    plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33
+    if not plain or not torch.backends.mkldnn.is_available() or 4 * sum(w.numel() for w in model.parameters()) > memory / 4:
         return model
     head.pack()
     x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
@@ -262,13 +264,10 @@ def quicken(model, keep):
         t = time.perf_counter()
         head(x)
         times[which].append(time.perf_counter() - t)
+    head.packed = None
     if min(times[True]) < min(times[False]):
         for layer in layers:
             layer.pack()
-            if layer is not head and not keep:
-                layer.weight = None
-    else:
-        head.packed = None
     return model
 
 
@@ -373,7 +372,7 @@ class LLM:
         self.model, self.tokenizer = load(folder, device, dtype)
         self.weights = (sum(w.numel() for w in self.model.parameters())
                         - (0 if self.model.config.tied else self.model.embed.weight.numel()))
-        quicken(self.model, keep=compile)
+        quicken(self.model)
         self.context = self.model.config.context
         self.eos_ids = set(self.tokenizer.eos_ids)
         self.no_text = None                                                  # ids that no token has: never sampled
