@@ -160,7 +160,7 @@ def _rotate(x, cos, sin):
     if torch.compiler.is_compiling():                                        # which makes one pass of it
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y_a, y_b = y.chunk(2, dim=-1)                                            # in place: x is read twice, y written twice
+    y_a, y_b = y.chunk(2, dim=-1)                                            # in place: x read twice, y written twice
     torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=y_b).addcmul_(a, sin)
     return y

@@ -14,10 +14,6 @@ its bound.
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
 Qwen2, Llama or Mistral; `--score FILE`, `--bench`; without a prompt, on a terminal, it asks for one.
 """
-import time
-
-START = time.monotonic()
-
 import argparse
 import codecs
 import json
@@ -25,6 +21,7 @@ import math
 import os
 import secrets
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -224,8 +221,8 @@ class Request:
 class FewRows(torch.nn.Linear):
     """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
 
-    On a CPU a second copy of the weights may be packed in oneDNN's own order (`quicken` measures whether that pays). One
-    row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
+    On a CPU a second copy of the weights may be packed in oneDNN's own order (`quicken` measures whether that pays).
+    One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
     """
     packed = None
 
@@ -245,8 +242,8 @@ class FewRows(torch.nn.Linear):
 
 @torch.no_grad()
 def quicken(model):
-    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine and memory is
-    no matter: a second copy of the weights is held.
+    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine (and where its
+    memory holds a second copy of the weights with ease).
     """
     model.requires_grad_(False)
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
@@ -255,7 +252,8 @@ def quicken(model):
     head = model.head
     plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33
-    if not plain or not torch.backends.mkldnn.is_available() or 4 * sum(w.numel() for w in model.parameters()) > memory / 4:
+    room = 4 * sum(w.numel() for w in model.parameters()) < memory / 4
+    if not plain or not room or not torch.backends.mkldnn.is_available():
         return model
     head.pack()
     x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
@@ -384,10 +382,8 @@ class LLM:
         """A prompt (text or token ids) and its settings, checked → n requests. ValueError names what does not fit."""
         try:
             sampling.check()
-            text = isinstance(prompt, str)
-            ids = self.tokenizer.start_ids + self.tokenizer.encode(prompt) if text else [int(i) for i in prompt]
-            if not ids and text and self.eos_ids:
-                ids = [min(self.eos_ids)]                                    # from nothing: as a new document begins
+            ids = [int(i) for i in prompt] if not isinstance(prompt, str) else (
+                self.tokenizer.start_ids + self.tokenizer.encode(prompt))
             if not ids:
                 raise ValueError("the prompt is empty: give at least one token")
             V = self.model.config.vocab
@@ -581,7 +577,7 @@ def arguments():
                    help="the text to continue (standard input if it is piped; on a terminal: a prompt loop)")
     p.add_argument("--model", default="out", help="the model's folder (%(default)s)")
     p.add_argument("--max-tokens", type=int, help="new tokens at most (128, or what the context leaves)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
+    p.add_argument("--temperature", type=float, default=train.TEMPERATURE, help="0 is greedy (%(default)s)")
     p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=float, default=1.0,
                    help="the smallest set of likeliest tokens that reaches p; 1: all")

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can put right: shown as one line, exit code 2."""
 
 
@@ -106,14 +106,14 @@ def pick_device(device=None):
     return str(device)
 
 
-# How many FLOPs a run has → the shape that spent them best (the README has the table). Vocabulary counts for bpe only.
-SHAPES = [   # FLOPs up to, layers, dim, context, batch, vocab
-    (2e11, 2, 64, 64, 8, 512),
-    (1.5e12, 3, 128, 128, 8, 1024),
-    (6e12, 4, 128, 256, 8, 2048),
-    (3e13, 4, 192, 256, 8, 4096),
-    (2e14, 6, 256, 256, 16, 4096),
-    (2e15, 8, 384, 512, 16, 8192),
+# How many FLOPs a run has → the shape to spend them on. Small batches, so many steps, come first: at these budgets they
+# pay more than width. Rows of up to 6e13 were tried on a CPU (README), those below extrapolate them.
+SHAPES = [   # FLOPs up to, layers, dim, context, batch, vocab (of bpe)
+    (1e11, 2, 64, 64, 8, 512),
+    (3e12, 3, 128, 128, 8, 1024),
+    (6e13, 4, 128, 256, 4, 2048),
+    (4e14, 6, 192, 256, 8, 4096),
+    (4e15, 8, 384, 512, 16, 8192),
     (1e17, 10, 512, 512, 32, 16384),
     (5e18, 12, 768, 1024, 128, 32768),
     (math.inf, 24, 1024, 2048, 256, 32768),
@@ -315,7 +315,10 @@ def find_files(data):
     if data is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         left_out = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test", "lib2to3"}
-        return root, sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+        files = sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+        if not files:
+            raise UserError(f"this Python has no source of its standard library in {root}; give --data a path to text")
+        return root, files
     path = Path(data).expanduser()
     if path.is_file():
         return path.parent, [path]
@@ -331,15 +334,21 @@ def find_files(data):
     return Path(os.path.commonpath([p.parent for p in files])), files
 
 
+def read_bytes(path):
+    """A file's bytes. UserError names the file."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_text(path):
     """A file's text: UTF-8, without a byte-order mark, line ends as they are. UserError with file and offset."""
     try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return read_bytes(path).removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8), or train on raw bytes "
                         "with --tokenizer bytes") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 @dataclass
@@ -415,7 +424,7 @@ def load_corpus(data, kind, vocab, tokenizer=None):
 
 def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
     """Tokenize `files` into folder: train.bin, val.bin, val.txt (for the compressors), tokenizer.json, about.json."""
-    read = (lambda path: path.read_bytes()) if kind == "bytes" and not tokenizer else read_text
+    read = read_bytes if kind == "bytes" and not tokenizer else read_text
     total = sum(p.stat().st_size for p in files)
     if total == 0:
         raise UserError(f"the data holds no text: {files[0] if len(files) == 1 else root} is empty")
@@ -860,8 +869,8 @@ def save(model, tokenizer, folder):
 
 # --- 4. Optimizer and schedule ----------------------------------------------------------------------------------------
 
-LR = 0.02                                                                    # Muon's; the others keep their ratio to it
-ADAM_LR = {"embed": 0.3, "head": 0.006, "gain": 0.003}
+LR = 0.025                                                                   # Muon's; the others keep their ratio to it
+ADAM_LR = {"embed": 0.15, "head": 0.006, "gain": 0.003}
 WEIGHT_DECAY = 0.1
 NEWTON_SCHULZ = ((7.5954, -22.0924, 16.3015), (3.2996, -2.7534, 0.6109), (2.9207, -2.7817, 0.8404))
 
@@ -895,11 +904,13 @@ class Optimizer:
         groups = {"embed": [], "head": [], "gain": []}
         for name, weight in model.named_parameters():
             if weight not in hidden:
-                kind = "embed" if name.startswith("embed") else "head" if name.startswith("head") else "gain"
-                groups[kind].append(weight)
-        self.adam = torch.optim.AdamW([dict(params=weights, lr=ADAM_LR[kind] * lr / LR, rate=ADAM_LR[kind] * lr / LR)
-                                       for kind, weights in groups.items() if weights],
-                                      betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
+                kind = name.split(".")[0]
+                groups[kind if kind in groups else "gain"].append(weight)
+        # Embeddings of ours start at size 1, those of other folders at 0.02: the steps are in proportion.
+        scale = {"embed": model.embed.weight.detach().square().mean().sqrt().item(), "head": 1.0, "gain": 1.0}
+        groups = [dict(params=weights, lr=0.0, rate=ADAM_LR[kind] * lr / LR * scale[kind])
+                  for kind, weights in groups.items() if weights]
+        self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
                                       fused=device.type in ("cpu", "cuda"))
 
     @torch.no_grad()
@@ -1000,8 +1011,11 @@ def evaluate(model, tokens, context, lengths, limit=None):
     return nats / max(count, 1), nats / math.log(2) / max(text, 1)
 
 
+TEMPERATURE = 0.6                                                            # what infer.py takes unless told
+
+
 @torch.no_grad()
-def write_samples(model, tokenizer, prompt, count=1, length=200, temperature=0.8, seed=0):
+def write_samples(model, tokenizer, prompt, count=1, length=150, temperature=TEMPERATURE, seed=0):
     """Continue a prompt (token ids) `count` times by up to `length` tokens → list of str. infer.py does this better."""
     generator = torch.Generator().manual_seed(seed)
     device = model.embed.weight.device
@@ -1043,21 +1057,21 @@ def plot(log, path, title):
     longest = max((r["seconds"] for r in steps), default=0)
     unit, name = (60, "minutes") if longest > 120 else (1, "seconds")
     time_ = [r["seconds"] / unit for r in steps]
-    axis.plot(time_, [r["train_loss"] for r in steps], color="#9ecae1", linewidth=1.5, label="training")
+    axis.plot(time_, [r["train_loss"] for r in steps], color="#6baed6", linewidth=1.5, label="training")
     axis.plot(time_, [r["val_loss"] for r in steps], color="#08519c", linewidth=2, marker="o", markersize=3.5,
               label="validation")
     axis.set(xlabel=f"{name} since the start", ylabel="loss, nats per token", title=title)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if steps:
-        axis.annotate(f"{steps[-1]['val_bpb']:.3f} bits per byte", (time_[-1], steps[-1]["val_loss"]), xytext=(-8, 14),
+        axis.annotate(f"{steps[-1]['val_bpb']:.3f} bits per byte", (time_[-1], steps[-1]["val_loss"]), xytext=(-4, -18),
                       textcoords="offset points", ha="right", color="#08519c", fontweight="bold")
     right = axis.twinx()
     right.plot(time_, [r["lr"] for r in steps], color="#fd8d3c", linewidth=1, linestyle="--", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
     right.spines[["top"]].set_visible(False)
     lines = axis.get_lines() + right.get_lines()
-    axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper center", ncols=3)
+    axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right", bbox_to_anchor=(1, 0.94))
     with replacing(path) as beside:
         figure.savefig(beside, format="png")
     plt.close(figure)
@@ -1176,6 +1190,33 @@ class Stop:
             signal.signal(number, handler)
 
 
+class Forward:
+    """`model.hidden`, compiled if asked for (True) or, left open (None), if ten steps each way show that it pays."""
+
+    def __init__(self, model, compile):
+        self.plain, self.open, self.times = model.hidden, compile is None, []
+        self.used = torch.compile(model.hidden) if compile else model.hidden
+
+    def consider(self):
+        """Called before a step: after ten plain ones compile, after ten more keep what was faster."""
+        if self.open and len(self.times) == 10:
+            tqdm.write("compiling, half a minute or so …", file=sys.stderr)
+            self.used = torch.compile(self.plain)
+        elif self.open and len(self.times) == 21:                            # the eleventh held the compiler's own time
+            self.used = self.used if min(self.times[11:]) < min(self.times[:10]) else self.plain
+
+    def __call__(self, tokens):
+        try:
+            return self.used(tokens)
+        except Exception as error:                                           # a broken compiler has many ways to say so
+            if self.used is self.plain or not self.open:
+                raise
+            tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it",
+                       file=sys.stderr)
+            self.used, self.open = self.plain, False
+            return self.plain(tokens)
+
+
 EVALUATE_AT = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)    # shares of a run
 SAMPLED_TOKENS, SAVE_EVERY = 2 ** 15, 60                                     # tokens of an evaluation midway; seconds
 
@@ -1186,8 +1227,9 @@ def train_loop(run, stop):
     lengths, per_token = token_lengths(corpus.tokenizer), flops_per_token(model, s["context"])
     peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
     total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
-    hidden, plain, times = torch.compile(model.hidden) if s["compile"] else model.hidden, model.hidden, []
+    forward = Forward(model, s["compile"])
     begun, began = run.done, run.spent()
+    sampled = int(SAMPLED_TOKENS * min(1, max(total, 30) / 300)) if total else SAMPLED_TOKENS
     saved, bad, speed = time.monotonic(), 0, None
     ready = [t for t in EVALUATE_AT if not any(r["done"] >= t for r in run.log)]
     bar = tqdm(total=total or s["steps"], desc="train", initial=0 if total else run.step,
@@ -1202,28 +1244,15 @@ def train_loop(run, stop):
             if ready and run.done >= ready[0] or total and not reserve:
                 ready = [t for t in ready if t > run.done]
                 t = time.monotonic()
-                val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, SAMPLED_TOKENS)
+                val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, sampled)
                 if total:                                                    # for a whole evaluation, samples, files
-                    reserve = min(0.2 * total, (time.monotonic() - t) * max(1, len(corpus.val) / SAMPLED_TOKENS)
-                                  + END_SECONDS)
+                    reserve = min(0.2 * total, END_SECONDS + (time.monotonic() - t) / sampled
+                                  * min(len(corpus.val), whole_tokens(total)))
                 run.record(val_loss, val_bpb, speed)
             t = time.monotonic()
-            if s["compile"] is None and len(times) == 10 and total and total - run.spent() > COMPILE_PAYS:
-                bar.set_postfix_str("compiling, half a minute or so …")
-                hidden = torch.compile(plain)
-            elif (s["compile"] is None and len(times) == 16 and hidden is not plain
-                  and min(times[11:]) > min(times[:10])):
-                hidden = plain                                               # measured: it does not pay here
-            try:
-                loss = run.micro_step(hidden)
-            except Exception as error:
-                if hidden is plain or s["compile"]:
-                    raise
-                tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it",
-                           file=sys.stderr)
-                hidden = plain
-                model.zero_grad(set_to_none=True)
-                loss = run.micro_step(hidden)
+            if total and total - run.spent() > COMPILE_PAYS:
+                forward.consider()
+            loss = run.micro_step(forward)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if math.isfinite(loss) and torch.isfinite(norm):
                 run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP),
@@ -1237,8 +1266,8 @@ def train_loop(run, stop):
                                     "one: resume from it with a lower --lr")
             model.zero_grad(set_to_none=True)
             run.step += 1
-            times.append(time.monotonic() - t)
-            now = s["batch"] * s["context"] / times[-1]
+            forward.times.append(time.monotonic() - t)
+            now = s["batch"] * s["context"] / forward.times[-1]
             speed = now if speed is None or run.step < 5 else 0.95 * speed + 0.05 * now
             left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
             best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
@@ -1255,6 +1284,11 @@ def train_loop(run, stop):
 WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 600.0                            # steps; seconds; seconds that repay it
 
 
+def whole_tokens(total):
+    """Tokens of validation at the end of a run of `total` seconds (None: by steps): all of it, unless that takes long."""
+    return 2 ** 20 if total is None or total > 120 else 2 ** 16
+
+
 def clock(seconds):
     return (f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600
             else f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}")
@@ -1264,25 +1298,26 @@ def finish(run):
     """The end of a run: the whole validation part, samples, the plot, the next command."""
     s, corpus, model = run.settings, run.corpus, run.model
     lengths = token_lengths(corpus.tokenizer)
-    val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, 2 ** 20)
+    limit = whole_tokens(s["minutes"] and 60 * s["minutes"])
+    val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, limit)
     run.finished, run.done = True, 1.0
-    run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"])
+    run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"] if run.log else None)
     run.save()
     print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) "
-          f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens")
+          f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens"
+          + (f"; on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
     text = (corpus.folder / "val.txt").read_bytes()
     print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
           + "   on the same text")
     start = corpus.tokenizer.eos_ids[:1] or corpus.tokenizer.encode("\n")
-    room = max(1, min(200, s["context"] - 1))
+    room = max(1, min(150, s["context"] - 1))
     if s["data"] is None:
-        texts = write_samples(model, corpus.tokenizer, start, count=32, length=room, seed=s["seed"])
+        texts = write_samples(model, corpus.tokenizer, start, count=64, length=min(100, room), seed=s["seed"])
         share = sum(map(is_python_prefix, texts)) / len(texts)
-        print(f"samples      {share:.0%} of {len(texts)} are Python as far as they go (ast.parse)")
-        sample = write_samples(model, corpus.tokenizer, start + corpus.tokenizer.encode("def "),
-                               length=room, seed=s["seed"])[0]
-    else:
-        sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
+        print(f"samples      {share:.0%} of {len(texts)} (100 tokens each, temperature {TEMPERATURE}) "
+              "are Python as far as they go")
+        start = start + corpus.tokenizer.encode("def ")
+    sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
     encoding = sys.stdout.encoding or "utf-8"
     print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")  # a code page never ends a run
     title = (f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · "
@@ -1343,6 +1378,8 @@ def check(args):
     """Flags that contradict each other, before anything is done."""
     if args.minutes and args.steps:
         raise UserError("--minutes and --steps: give one of them")
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed {args.seed}: it must be 0 or more")
     if args.vocab and args.tokenizer not in (None, "bpe"):
         raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
     if args.init:
