@@ -237,7 +237,7 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
         window = None                                                        # wider than the text: no bound at all
     scale = D ** -0.5 if scale is None else scale
     if B * H * T == 0 or S == 0:
-        return torch.zeros_like(q)
+        return 0 * q + 0 * (k.sum() + v.sum())                               # nothing to see, and gradients that say so
     plain = softcap is None and alibi is None and mask is None and window is None
     if plain and T == 1:
         # One query sees all keys: the H / G heads of a group stand in as its queries.
@@ -275,16 +275,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, ignore_index):
         (N, C), V = x.shape, len(w)
+        exact = torch.promote_types(x.dtype, torch.float32)                  # of the softmax and the sums
         kept = targets != ignore_index
         count = kept.sum().clamp(min=1)
         index = targets.where(kept, 0)[:, None]
-        loss = torch.zeros((), device=x.device)
+        loss = torch.zeros((), dtype=exact, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(V, C, device=x.device) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros(V, C, dtype=exact, device=x.device) if ctx.needs_input_grad[1] else None
         rows = max(1, _LinearCrossEntropy.CHUNK // V)
         for i in range(0, N, rows):
-            chunk, weight = x[i:i + rows], kept[i:i + rows, None].float()
-            p = F.log_softmax((chunk @ w.T).float(), dim=-1)                 # [rows, V]
+            chunk, weight = x[i:i + rows], kept[i:i + rows, None].to(exact)
+            p = F.log_softmax((chunk @ w.T).to(exact), dim=-1)                # [rows, V]
             loss -= (p.gather(1, index[i:i + rows]) * weight).sum()
             if dx is None and dw is None:
                 continue
@@ -306,7 +307,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x, w, targets, ignore_index=-100):
-    """Mean cross-entropy of the logits x wᵀ: x [N, C], w [V, C], targets [N] integers → a float32 scalar, nats a row.
+    """Mean cross-entropy of the logits x wᵀ: x [N, C], w [V, C], targets [N] integers → a scalar, nats a row.
 
     The [N, V] logits never exist at once, nor does their gradient. Rows whose target is `ignore_index` do not count; if
     none is left the loss and its gradients are 0. ValueError for a target outside 0 … V − 1. Backward once.

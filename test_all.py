@@ -135,6 +135,12 @@ def attention_in_torch(q, k, v, causal=True, window=None, softcap=None, alibi=No
     return e / e.sum(-1, keepdim=True).clamp(min=1e-300) @ v
 
 
+def test_nothing_to_attend_to_gives_zeros_and_zero_gradients():
+    for T, S in ((0, 3), (3, 0)):
+        (y,), grads = gradients(A.attention, randn(1, 2, T, 4), randn(1, 1, S, 4), randn(1, 1, S, 4))
+        assert y.shape == (1, 2, T, 4) and (y == 0).all() and all((g == 0).all() for g in grads)
+
+
 def test_attention_is_anchored_bottom_right_and_a_window_counts_its_own_token():
     v = torch.eye(5)[None, None]                                             # the output shows which keys were seen
     one = A.attention(torch.zeros(1, 1, 1, 5), torch.zeros(1, 1, 5, 5), v)
@@ -204,6 +210,9 @@ def test_linear_cross_entropy_is_its_definition(N, C, V):
     _, wanted = gradients(lambda x, w: F.cross_entropy(x @ w.T, targets), x, w)
     for a, b in zip(grads, wanted):
         close(a, b)
+    _, grads = gradients(lambda x, w: A.linear_cross_entropy(x, w, targets), x, w)
+    for a, b in zip(grads, wanted):
+        close(a, b, 1e-12)                                                   # float64 in, float64 all the way
     targets[:] = -100
     (loss,), grads = gradients(lambda x, w: A.linear_cross_entropy(x, w, targets), x.float(), w.float())
     assert loss == 0 and all((g == 0).all() for g in grads)
