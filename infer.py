@@ -581,7 +581,7 @@ def arguments():
     p.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=float, default=1.0,
                    help="the smallest set of likeliest tokens that reaches p; 1: all")
-    p.add_argument("--min-p", type=float, default=0.0,
+    p.add_argument("--min-p", type=float, default=train.MIN_P,
                    help="only tokens at least this share as likely as the likeliest")
     p.add_argument("--repetition-penalty", type=float, default=1.0,
                    help="above 1, tokens that are there already get rarer")

@@ -1011,11 +1011,11 @@ def evaluate(model, tokens, context, lengths, limit=None):
     return nats / max(count, 1), nats / math.log(2) / max(text, 1)
 
 
-TEMPERATURE = 0.6                                                            # what infer.py takes unless told
+TEMPERATURE, MIN_P, PROMPT = 0.8, 0.1, "def fibonacci(n):"                   # what infer.py takes unless told
 
 
 @torch.no_grad()
-def write_samples(model, tokenizer, prompt, count=1, length=150, temperature=TEMPERATURE, seed=0):
+def write_samples(model, tokenizer, prompt, count=1, length=150, seed=0):
     """Continue a prompt (token ids) `count` times by up to `length` tokens → list of str. infer.py does this better."""
     generator = torch.Generator().manual_seed(seed)
     device = model.embed.weight.device
@@ -1025,7 +1025,8 @@ def write_samples(model, tokenizer, prompt, count=1, length=150, temperature=TEM
     for _ in range(length):
         hidden = model.hidden(tokens, torch.arange(position, position + tokens.shape[1], device=device), states)
         position += tokens.shape[1]
-        p = torch.softmax(model.head(hidden[:, -1]).float().cpu() / temperature, dim=-1)
+        p = torch.softmax(model.head(hidden[:, -1]).float().cpu() / TEMPERATURE, dim=-1)
+        p[p < MIN_P * p.amax(-1, keepdim=True)] = 0
         p[:, tokenizer.vocab_size:] = 0                                      # a padded vocabulary's tail has no text
         tokens = torch.multinomial(p, 1, generator=generator).to(device)
         for row, (token,) in zip(rows, tokens.tolist()):
@@ -1314,9 +1315,9 @@ def finish(run):
     if s["data"] is None:
         texts = write_samples(model, corpus.tokenizer, start, count=64, length=min(100, room), seed=s["seed"])
         share = sum(map(is_python_prefix, texts)) / len(texts)
-        print(f"samples      {share:.0%} of {len(texts)} (100 tokens each, temperature {TEMPERATURE}) "
+        print(f"samples      {share:.0%} of {len(texts)} (100 tokens, temperature {TEMPERATURE}, min-p {MIN_P}) "
               "are Python as far as they go")
-        start = start + corpus.tokenizer.encode("def ")
+        start = start + corpus.tokenizer.encode(PROMPT)
     sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
     encoding = sys.stdout.encoding or "utf-8"
     print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")  # a code page never ends a run
