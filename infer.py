@@ -582,7 +582,7 @@ def arguments():
     p.add_argument("--top-p", type=float, default=1.0,
                    help="the smallest set of likeliest tokens that reaches p; 1: all")
     p.add_argument("--min-p", type=float, default=train.MIN_P,
-                   help="only tokens at least this share as likely as the likeliest")
+                   help="only tokens at least this share as likely as the likeliest (%(default)s)")
     p.add_argument("--repetition-penalty", type=float, default=1.0,
                    help="above 1, tokens that are there already get rarer")
     p.add_argument("--seed", type=int, help="the same text again (a new one each time)")

@@ -107,7 +107,7 @@ def pick_device(device=None):
 
 
 # How many FLOPs a run has → the shape to spend them on. Small batches, so many steps, come first: at these budgets they
-# pay more than width. Rows of up to 6e13 were tried on a CPU (README), those below extrapolate them.
+# pay more than width. Rows of up to 6e13 were tried on a CPU (README), those below extrapolate.
 SHAPES = [   # FLOPs up to, layers, dim, context, batch, vocab (of bpe)
     (1e11, 2, 64, 64, 8, 512),
     (3e12, 3, 128, 128, 8, 1024),
@@ -1286,7 +1286,7 @@ WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 600.0                            # s
 
 
 def whole_tokens(total):
-    """Tokens of validation at the end of a run of `total` seconds (None: by steps): all of it, unless that takes long."""
+    """Tokens of validation at the end of a run of `total` seconds (None: by steps): all, unless that takes long."""
     return 2 ** 20 if total is None or total > 120 else 2 ** 16
 
 
