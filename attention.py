@@ -452,6 +452,7 @@ def _milliseconds(work, tries=7):
 
 
 def main():
+    """Print each op beside its definition and its plain writing, and a block with a cache beside one without."""
     B, H, G, T, D, C, V = 4, 8, 4, 256, 32, 256, 4096
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator)

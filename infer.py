@@ -572,6 +572,7 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
 # --- 5. The command line ----------------------------------------------------------------------------------------------
 
 def arguments():
+    """The command line, as a parser."""
     p = Parser(prog="infer.py", description="Generate text with a model folder of train.py or of Hugging Face.")
     p.add_argument("prompt", nargs="?",
                    help="the text to continue (standard input if it is piped; on a terminal: a prompt loop)")

@@ -809,7 +809,7 @@ def test_python_prefixes_are_told_from_nonsense():
         assert not train.is_python_prefix(bad), bad
 
 
-def test_printing_never_ends_a_run(capsys, monkeypatch):
+def test_printing_never_ends_a_run(monkeypatch):
     class CodePage(io.StringIO):
         encoding = "cp1250"
     out = CodePage()

@@ -766,6 +766,7 @@ def shards(folder):
 
 
 def open_shard(path):
+    """A safetensors file, opened. UserError names one that is cut short or is none."""
     try:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
@@ -1158,6 +1159,7 @@ MICRO_TOKENS = 16384                                                         # a
 
 
 def autocast(device, dtype):
+    """The context in which matrix products run in `dtype` (a name); float32 needs none."""
     kind = device.split(":")[0]
     return torch.autocast(kind, getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
 
@@ -1291,6 +1293,7 @@ def whole_tokens(total):
 
 
 def clock(seconds):
+    """Seconds → "m:ss", or "h:mm:ss" from an hour on."""
     return (f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600
             else f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}")
 
@@ -1342,6 +1345,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind):
+    """An argparse type: an int or a float above 0, and finite."""
     def parse(text):
         value = kind(text)
         if not 0 < value < math.inf:
@@ -1352,6 +1356,7 @@ def positive(kind):
 
 
 def arguments():
+    """The command line, as a parser; what is not given is chosen in `plan`."""
     p = Parser(prog="train.py", description="Train a language model on text; the one dial is --minutes.")
     p.add_argument("--data", help="a file, a folder or a glob of UTF-8 text (the Python standard library)")
     p.add_argument("--tokenizer", choices=["bpe", "chars", "bytes", "gpt2", "o200k_base"], help="(bpe)")
