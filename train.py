@@ -1026,7 +1026,7 @@ def write_samples(model, tokenizer, prompt, count=1, length=150, seed=0):
     for _ in range(length):
         hidden = model.hidden(tokens, torch.arange(position, position + tokens.shape[1], device=device), states)
         position += tokens.shape[1]
-        logits = model.head(hidden[:, -1]).float().cpu()[:, :tokenizer.vocab_size]             # a padded tail has no text
+        logits = model.head(hidden[:, -1]).float().cpu()[:, :tokenizer.vocab_size]           # a padded tail has no text
         p = torch.softmax(logits / TEMPERATURE, dim=-1)
         p[p < MIN_P * p.amax(-1, keepdim=True)] = 0
         tokens = torch.multinomial(p, 1, generator=generator).to(device)
