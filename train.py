@@ -1146,8 +1146,7 @@ class Run:
             x, y = batch_at(self.corpus.train, starts[i:i + rows], context, s["device"])
             with autocast(s["device"], s["dtype"]):
                 h = hidden(x)
-                head = self.model.head.weight
-                loss = linear_cross_entropy(h.flatten(0, 1).to(head.dtype), head, y.flatten())
+                loss = linear_cross_entropy(h.flatten(0, 1), self.model.head.weight, y.flatten())
             (loss * (len(x) / count)).backward()
             total += loss.item() * len(x) / count
         self.windows += count
