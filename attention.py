@@ -1342,13 +1342,17 @@ def _peak_megabytes(work, device):
     return max(np.cumsum(steps), default=0) / 2 ** 20
 
 
-def compare_ops(device, dtype, B, T, H, G, D, C, width, N, V):
-    """Print each op beside its definition and beside plain torch, forward and backward: time, rate, memory."""
+def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
+    """Print each op beside its definition and beside plain torch, forward and backward: time, rate, memory.
+
+    loss = (N, C, V) of linear_cross_entropy; the others as at the top of the file, `width` that of the MLP.
+    """
+    N, channels, V = loss
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
     q, k, v = randn(B, H, T, D), randn(B, G, T, D), randn(B, G, T, D)
     x, w, gate, up = randn(B * T, C), randn(C), randn(B * T, width), randn(B * T, width)
-    rows, head, targets = randn(N, C), randn(V, C) / 16, torch.randint(0, V, (N,), generator=generator).to(device)
+    rows, head, targets = randn(N, channels), randn(V, channels) / 16, torch.randint(0, V, (N,), generator=generator).to(device)
     positions = torch.arange(T, device=device)
     numbers = lambda t: t.double().numpy(force=True)
 
@@ -1369,7 +1373,7 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, N, V):
         ("attention", attention, attention_numpy, plain_attention, (q, k, v), 6 * B * H * T * (T + 1) * D),
         ("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, targets),
          lambda x, w: linear_cross_entropy_numpy(x, w, numbers(targets).astype(int)),
-         lambda x, w: F.cross_entropy((x @ w.T).float(), targets), (rows, head), 6 * N * C * V),
+         lambda x, w: F.cross_entropy((x @ w.T).float(), targets), (rows, head), 6 * N * channels * V),
     ]
     a, source = randn(1024, 1024), torch.zeros(2 ** (28 if device == "cuda" else 25), device=device)
     copied = torch.zeros_like(source)
@@ -1378,8 +1382,8 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, N, V):
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(f"{name}, {str(dtype)[6:]}: a copy moves {copy:,.0f} GB/s, "
           f"a matrix product does {product:,.0f} GFLOP/s\n"
-          f"B {B}, T {T}, H {H}, G {G}, D {D}, C {C}, MLP {width}; loss: N {N}, V {V}; forward and backward\n\n"
-          f"{'':20}{'off definition':>16}{'time':>12}{'plain torch':>14}{'rate':>14}{'memory':>12}{'plain torch':>13}")
+          f"B {B}, T {T}, H {H}, G {G}, D {D}, C {C}, MLP {width}; loss: N {N}, C {channels}, V {V}; forward and backward\n\n"
+          f"{'':20}{'off definition':>16}{'time':>14}{'plain torch':>15}{'rate':>14}{'memory':>13}{'plain torch':>13}")
     for name, op, definition, plain, tensors, work in table:
         error = "–"
         if sum(t.numel() for t in tensors) < 2 ** 22:                        # a large definition takes minutes
@@ -1392,11 +1396,11 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, N, V):
             out = f(*inputs)
             out = out if isinstance(out, tuple) else (out,)
             torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])
-        t, t_plain = (_milliseconds(lambda: both(f), device) for f in (op, plain))
+        t, t_plain = (_milliseconds(lambda: both(f), device, tries) for f in (op, plain))
         memory, memory_plain = (_peak_megabytes(lambda: both(f), device) for f in (op, plain))
         unit = "GFLOP/s" if name in ("attention", "linear_cross_entropy") else "GB/s"
-        print(f"{name:20}{error:>16}{t:>9,.2f} ms{t_plain:>11,.2f} ms{f'{work / 1e6 / t:,.0f} {unit}':>14}"
-              f"{memory:>9,.1f} MB{memory_plain:>10,.1f} MB", flush=True)
+        print(f"{name:20}{error:>16}{t:>11,.2f} ms{t_plain:>12,.2f} ms{f'{work / 1e6 / t:,.0f} {unit}':>14}"
+              f"{memory:>10,.1f} MB{memory_plain:>10,.1f} MB", flush=True)
 
 
 def main(argv=None):
@@ -1407,7 +1411,7 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.bench:
         compare_ops(device, torch.bfloat16 if device == "cuda" else torch.float32,
-                    B=4, T=1024, H=32, G=8, D=128, C=4096, width=11008, N=4096, V=65536)
+                    B=4, T=1024, H=32, G=8, D=128, C=4096, width=11008, loss=(4096, 512, 65536), tries=3)
         return 0
     print("A Transformer in NumPy, its gradients derived by hand, learns to write digits backwards:", flush=True)
     begin, shown = time.perf_counter(), sys.stdout.isatty()
@@ -1416,7 +1420,7 @@ def main(argv=None):
           "Where it looks as it writes (cross-attention, last layer):\n")
     print("\n".join(attention_map(model, np.array([[9, 3, 5, 2, 7, 11, 4, 0]]), 7)), "\n", flush=True)
 
-    compare_ops(device, torch.float32, B=4, T=256, H=8, G=4, D=32, C=256, width=704, N=1024, V=4096)
+    compare_ops(device, torch.float32, B=4, T=256, H=8, G=4, D=32, C=256, width=704, loss=(1024, 256, 4096), tries=5)
     T, H, G, D, C = 256, 8, 4, 32, 256
     torch.manual_seed(0)
     block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, 2 * C), C)

@@ -347,16 +347,16 @@ def test_a_target_of_a_gpu_that_is_out_of_range_is_never_a_plausible_loss(monkey
 
 
 def test_offsets_may_pass_two_to_the_31(monkeypatch):
-    """Rows so far apart that int32 would wrap: memory that is reserved, and hardly touched."""
+    """Rows so far apart that row · distance wraps in int32: memory that is reserved, and hardly touched."""
     if not A.triton:
         pytest.skip("Triton is not installed: the kernels run on Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    far = torch.empty(2 ** 31 + 64, dtype=torch.float16).as_strided((2, 8), (2 ** 31, 1))
-    far.copy_(randn(2, 8))
+    far = torch.empty(2 ** 31 + 64, dtype=torch.float16).as_strided((3, 8), (2 ** 30, 1))
+    far.copy_(randn(3, 8))
     near, w = far.clone(), torch.ones(8, dtype=torch.float16)
     assert torch.equal(A.rms_norm(far, w), A.rms_norm(near, w))
     assert torch.equal(A.swiglu(far, far), A.swiglu(near, near))
-    heads = lambda t: t.view(2, 1, 1, 8) if t is near else t.as_strided((2, 1, 1, 8), (2 ** 31, 8, 8, 1))
+    heads = lambda t: t.view(3, 1, 1, 8) if t is near else t.as_strided((3, 1, 1, 8), (2 ** 30, 8, 8, 1))
     for a, b in zip(A.rotary(heads(far), heads(far), torch.arange(1, 2)),
                     A.rotary(heads(near), heads(near), torch.arange(1, 2))):
         assert torch.equal(a, b)
