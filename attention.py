@@ -1420,7 +1420,7 @@ def main(argv=None):
           "Where it looks as it writes (cross-attention, last layer):\n")
     print("\n".join(attention_map(model, np.array([[9, 3, 5, 2, 7, 11, 4, 0]]), 7)), "\n", flush=True)
 
-    compare_ops(device, torch.float32, B=4, T=256, H=8, G=4, D=32, C=256, width=704, loss=(1024, 256, 4096), tries=5)
+    compare_ops(device, torch.float32, B=4, T=256, H=8, G=4, D=32, C=256, width=704, loss=(1024, 256, 4096), tries=3)
     T, H, G, D, C = 256, 8, 4, 32, 256
     torch.manual_seed(0)
     block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, 2 * C), C)
