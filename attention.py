@@ -707,7 +707,7 @@ def _attention_bwd(dP, P, Scores, dS, S, scale, softcap, BLOCK_S: tl.constexpr):
 
 
 @jit
-def _linear_cross_entropy_fwd(Z, Targets, Loss, V, ignore_index, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
+def _linear_cross_entropy_fwd(Z, Targets, Loss, dZ, V, ignore_index, GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(Targets + row)
     kept = target != ignore_index
@@ -715,17 +715,17 @@ def _linear_cross_entropy_fwd(Z, Targets, Loss, V, ignore_index, GRAD: tl.conste
     v = tl.arange(0, BLOCK_V)
     m, l = -float("inf"), 0.                                                 # the largest so far, the sum scaled to it
     for start in range(0, V, BLOCK_V):
-        z = tl.load(Z + row * V + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32)
+        z = tl.load(Z + row * V + start + v, mask=start + v < V, other=-float("inf"))
         m_new = tl.maximum(m, tl.max(z))
         l = l * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new))
         m = m_new
     lse = m + tl.log(l)
-    tl.store(Loss + row, tl.where(kept, lse - z_target.to(tl.float32), 0.))
+    tl.store(Loss + row, tl.where(kept, lse - z_target, 0.))
     if GRAD:
-        for start in range(0, V, BLOCK_V):                                   # dz takes the place of z
-            z = tl.load(Z + row * V + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32)
+        for start in range(0, V, BLOCK_V):                                   # dZ may be Z: each number is read before
+            z = tl.load(Z + row * V + start + v, mask=start + v < V, other=-float("inf"))
             dz = tl.exp(z - lse) - tl.where(start + v == target, 1., 0.)
-            tl.store(Z + row * V + start + v, tl.where(kept, dz, 0.), mask=start + v < V)
+            tl.store(dZ + row * V + start + v, tl.where(kept, dz, 0.), mask=start + v < V)
 
 
 # --- 5. The ops: the same for torch tensors, differentiable, the fastest path of each device --------------------------
@@ -969,10 +969,12 @@ def swiglu(gate, up):
 
 
 def _product32(a, b):
-    """a [B, M, K] · b [B, K, N] → float32 [B, M, N], also of half-precision inputs: scores must not be rounded."""
-    if a.dtype == torch.float32:
+    """a [(B,) M, K] · b [(B,) K, N] in float32 or better, of half-precision inputs too: what exp sees must be exact."""
+    if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    if a.is_cuda and not torch.version.hip:                                  # tensor cores sum in float32 anyway
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 class _AttentionKernel(torch.autograd.Function):
@@ -1084,12 +1086,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=x.device)
         dx = torch.empty_like(x) if needs_dx else None
         dw = torch.zeros(V, C, dtype=exact, device=x.device) if needs_dw else None
-        rows = max(256, 2 ** (26 if x.is_cuda else 20) // max(V, 1))         # a chunk's logits: few MB on a CPU, where
+        rows = max(256, 2 ** (25 if x.is_cuda else 20) // max(V, 1))         # a chunk's logits: few MB on a CPU, where
         for i in range(0, N, rows):                                          # the cache counts, but rows enough to make
             chunk, goal = x[i:i + rows], targets[i:i + rows]                 # the product with w worth its reading
-            z = chunk @ w.T                                                  # [rows, V]
+            z = _product32(chunk, w.T)                                       # [rows, V]
             step = _loss_on_kernel if kernel else _loss_and_dz
-            part, dz = step(z, goal, ignore_index, needs_dx or needs_dw)
+            part, dz = step(z, goal, ignore_index, x.dtype if needs_dx or needs_dw else None)
             loss += part.sum(dtype=exact)
             if needs_dx:
                 torch.matmul(dz, w, out=dx[i:i + rows])
@@ -1108,23 +1110,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 None, None, None, None)
 
 
-def _loss_and_dz(z, targets, ignore_index, needs_dz):
-    """z [rows, V] → the loss of each row and, where asked for, softmax(z) − onehot(target); of ignored rows 0."""
+def _loss_and_dz(z, targets, ignore_index, dtype):
+    """z [rows, V] → the loss of each row and, in `dtype` unless None, softmax(z) − onehot(target); 0 where ignored."""
     kept = targets != ignore_index
     index = targets.where(kept, 0)[:, None]
-    p = F.log_softmax(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32))
+    p = F.log_softmax(z, dim=-1)
     loss = -p.gather(1, index)[:, 0] * kept
-    if needs_dz:
-        p = p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=p.dtype)).mul_(kept[:, None]).to(z.dtype)
-    return loss, p
+    if dtype is None:
+        return loss, None
+    return loss, p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=p.dtype)).mul_(kept[:, None]).to(dtype)
 
 
-def _loss_on_kernel(z, targets, ignore_index, needs_dz):
+def _loss_on_kernel(z, targets, ignore_index, dtype):
     loss, V = torch.empty(len(z), device=z.device), z.shape[1]
+    dz = z if dtype in (None, z.dtype) else torch.empty_like(z, dtype=dtype)
     BLOCK_V = min(triton.next_power_of_2(V), 8192)
-    _linear_cross_entropy_fwd[(len(z),)](z, targets, loss, V, ignore_index, GRAD=needs_dz, BLOCK_V=BLOCK_V,
+    _linear_cross_entropy_fwd[(len(z),)](z, targets, loss, dz, V, ignore_index, GRAD=dtype is not None, BLOCK_V=BLOCK_V,
                                          num_warps=_warps(BLOCK_V))
-    return loss, z
+    return loss, dz
 
 
 def linear_cross_entropy(x, w, targets, ignore_index=-100):
@@ -1352,8 +1355,8 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
     q, k, v = randn(B, H, T, D), randn(B, G, T, D), randn(B, G, T, D)
     x, w, gate, up = randn(B * T, C), randn(C), randn(B * T, width), randn(B * T, width)
-    rows, head, targets = randn(N, channels), randn(V, channels) / 16, torch.randint(0, V, (N,), generator=generator).to(device)
-    positions = torch.arange(T, device=device)
+    rows, head, positions = randn(N, channels), randn(V, channels) / 16, torch.arange(T, device=device)
+    targets = torch.randint(0, V, (N,), generator=generator).to(device)
     numbers = lambda t: t.double().numpy(force=True)
 
     def plain_attention(q, k, v):
@@ -1382,8 +1385,9 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(f"{name}, {str(dtype)[6:]}: a copy moves {copy:,.0f} GB/s, "
           f"a matrix product does {product:,.0f} GFLOP/s\n"
-          f"B {B}, T {T}, H {H}, G {G}, D {D}, C {C}, MLP {width}; loss: N {N}, C {channels}, V {V}; forward and backward\n\n"
-          f"{'':20}{'off definition':>16}{'time':>14}{'plain torch':>15}{'rate':>14}{'memory':>13}{'plain torch':>13}")
+          f"B {B}, T {T}, H {H}, G {G}, D {D}, C {C}, MLP {width}; loss: N {N}, C {channels}, V {V}\n\n"
+          f"{'forward and backward':20}{'off definition':>16}{'time':>14}{'plain torch':>15}{'rate':>14}{'memory':>13}"
+          f"{'plain torch':>13}")
     for name, op, definition, plain, tensors, work in table:
         error = "–"
         if sum(t.numel() for t in tensors) < 2 ** 22:                        # a large definition takes minutes
