@@ -739,8 +739,8 @@ def on_kernel(x):
 
     Not in a compiled graph, where torch.compile fuses the plain ops with their neighbours: train.py times both ways.
     """
-    return (triton is not None and (x.is_cuda or triton.knobs.runtime.interpret) and x.numel() > 0
-            and x.dtype != torch.float64 and not torch.compiler.is_compiling())
+    return (not torch.compiler.is_compiling() and triton is not None and x.numel() > 0 and x.dtype != torch.float64
+            and (x.is_cuda or triton.knobs.runtime.interpret))
 
 
 def _floats(op, **tensors):

@@ -483,6 +483,16 @@ def test_kernels_compile_ahead_for_every_target_without_spills(tmp_path):
         assert set(names) == kernels - helpers and spills == 0
 
 
+def test_without_triton_torch_serves():
+    """macOS and Windows: the file imports, and the ops take torch's way."""
+    program = ("import sys; sys.modules['triton'] = None\nimport torch, attention as A\n"
+               "assert A.triton is None and not A.on_kernel(torch.ones(1))\n"
+               "print(A.rms_norm(torch.full((1, 4), 2.0), torch.ones(4)).tolist())")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    close(json.loads(done.stdout), [[1.0, 1, 1, 1]], 1e-6)
+
+
 # What has no kernel: the parts of 2017 and of latent attention, in NumPy alone.
 
 @pytest.mark.parametrize("name,shapes", [("layer_norm", [(3, 5), (5,), (5,)]), ("relu", [(4, 3)]), ("gelu", [(4, 3)])])
