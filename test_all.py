@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ sys.path.insert(0, str(HERE))
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -101,7 +103,7 @@ def path(request, monkeypatch):
             pytest.skip("Triton is not installed: the kernels run on Linux")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert A.on_kernel(torch.ones(1))
-    with np.errstate(over="ignore"):                                         # the interpreter's exp, where a GPU's is inf
+    with np.errstate(over="ignore"):                                         # its exp warns, where a GPU's is inf
         yield request.param
 
 
@@ -1039,7 +1041,7 @@ def test_a_step_in_pieces_is_the_step_at_once(corpus, tmp_path, monkeypatch):
         model = tiny(vocab_size=c.tokenizer.vocab_size).train()
         settings = dict(out=tmp_path, lr=0.01, context=64, batch=7, seed=0, device="cpu", dtype="float32")
         run_ = train.Run(settings, c, model, None)
-        loss = run_.micro_step(model.hidden)
+        loss, _, _ = run_.gradients(model.hidden)
         grads.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert math.isclose(grads[0][0], grads[1][0], rel_tol=1e-5)
     for a, b in zip(grads[0][1], grads[1][1]):
@@ -1068,16 +1070,16 @@ def test_resumed_is_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch):
     assert run(train, *arguments, "--out", tmp_path / "whole")[0] == 0
     assert run(train, *arguments, "--out", tmp_path / "again")[0] == 0
     assert bits(tmp_path / "whole") == bits(tmp_path / "again")              # the same bits each time
-    steps = train.Run.micro_step
+    steps = train.Run.gradients
 
     def interrupted(self, hidden):
         if self.step == 7:
             os.kill(os.getpid(), signal.SIGINT)                              # Ctrl-C in the middle of a step
         return steps(self, hidden)
-    monkeypatch.setattr(train.Run, "micro_step", interrupted)
+    monkeypatch.setattr(train.Run, "gradients", interrupted)
     code, _, err = run(train, *arguments, "--out", tmp_path / "cut")
     assert code == 130 and "--resume" in err
-    monkeypatch.setattr(train.Run, "micro_step", steps)
+    monkeypatch.setattr(train.Run, "gradients", steps)
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:                     # an evaluation after the last checkpoint
         f.write(json.dumps(dict(step=11, done=0.9, seconds=1, tokens=1,
                                 train_loss=1, val_loss=1, val_bpb=1, lr=1)) + "\n")
@@ -1121,18 +1123,158 @@ def test_minutes_are_wall_clock_and_leave_a_model(corpus, tmp_path):
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_many_stop_the_run(corpus, tmp_path, monkeypatch):
-    steps = train.Run.micro_step
+    steps = train.Run.gradients
     bad = {3}
 
     def sick(self, hidden):
-        loss = steps(self, hidden)
-        return float("nan") if self.step in bad else loss
-    monkeypatch.setattr(train.Run, "micro_step", sick)
+        loss, *rest = steps(self, hidden)
+        return float("nan") if self.step in bad else loss, *rest
+    monkeypatch.setattr(train.Run, "gradients", sick)
     code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 6, "--out", tmp_path / "a")
     assert code == 0 and "step 3" in err
     bad |= set(range(20))
     code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 20, "--out", tmp_path / "b")
     assert code == 2 and "finite" in err
+
+
+def test_memory_that_ends_halves_the_pieces_then_recomputes_and_changes_nothing(corpus, tmp_path, monkeypatch):
+    c = train.load_corpus(str(corpus), "bpe", 400)
+    settings = dict(out=tmp_path, lr=0.01, context=64, batch=6, seed=0, device="cpu", dtype="float32")
+    grads, loss_of = [], train.linear_cross_entropy
+    for room in (6, 1, 0):                                                   # windows that fit; 0: one, if recomputed
+        model = tiny(vocab_size=c.tokenizer.vocab_size).train()
+
+        def short(h, *rest):
+            if len(h) > 64 * max(1, room) or room == 0 and not model.recompute:
+                raise torch.OutOfMemoryError("no more")
+            return loss_of(h, *rest)
+        monkeypatch.setattr(train, "linear_cross_entropy", short)
+        run_ = train.Run(settings, c, model, None)
+        run_.gradients(model.hidden)
+        assert model.recompute == (room == 0) and run_.rows <= max(room, 1) * 256
+        grads.append([p.grad for p in model.parameters()])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            close(a, b)
+    monkeypatch.setattr(train, "linear_cross_entropy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(train.UserError, match="--context"):
+        run_.gradients(model.hidden)
+
+
+def test_float16_gradients_that_overflow_lower_the_scale(corpus, tmp_path):
+    c = train.load_corpus(str(corpus), "bpe", 400)
+    out = tmp_path / "out"
+    code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 4, "--dtype", "float16", "--out", out)
+    assert code == 0, err
+    assert train.read_state(out)["loss_scale"] == 2.0 ** 15
+    norms = []
+    for scale in (1.0, 2.0 ** 15, 2.0 ** 40):
+        model = tiny(vocab_size=c.tokenizer.vocab_size).train()
+        settings = dict(out=out, lr=0.01, context=64, batch=2, seed=0, device="cpu", dtype="float16")
+        run_ = train.Run(settings, c, model, None)
+        run_.loss_scale = scale
+        norms.append(run_.gradients(model.hidden)[2])
+    assert math.isclose(norms[0], norms[1], rel_tol=1e-2) and not math.isfinite(norms[2])
+
+
+def test_a_full_disk_keeps_what_was_saved(corpus, tmp_path, monkeypatch):
+    arguments = ("--data", corpus, *SMALL, "--out", tmp_path / "out")
+    assert run(train, *arguments, "--steps", 4)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.safetensors.torch, "save_file", full)
+    code, _, err = run(train, "--resume", "--out", tmp_path / "out", "--steps", 6)
+    assert code == 2 and "No space left" in err and "kept" in err.splitlines()[-1]
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after.keys() == before.keys() and after["state.pt"] == before["state.pt"]
+    monkeypatch.undo()
+    code, _, err = run(train, "--resume", "--out", tmp_path / "out", "--steps", 6)
+    assert code == 0 and train.read_state(tmp_path / "out")["step"] == 6, err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks no folders")
+def test_two_runs_into_one_folder_are_refused(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    with train.held(tmp_path / "out"):
+        code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 2, "--out", tmp_path / "out")
+        assert code == 2 and "--out" in err and len(err.strip().splitlines()) == 1
+    assert run(train, "--data", corpus, *SMALL, "--steps", 2, "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_student_learns_from_its_teacher(trained, corpus, tmp_path):
+    arguments = ("--data", corpus, "--steps", 30, "--dim", 64, "--layers", 1, "--context", 64, "--batch", 4)
+    code, _, err = run(train, *arguments, "--teacher", trained, "--out", tmp_path / "taught")
+    assert code == 0, err
+    log = [json.loads(line) for line in (tmp_path / "taught" / "log.jsonl").read_text().splitlines()]
+    told = [r["distill_loss"] for r in log if r["distill_loss"] is not None]
+    assert told[-1] < told[0] / 1.5
+    x, w, t, u = randn(7, 5), randn(300, 5, seed=1), randn(7, 4, seed=2), randn(310, 4, seed=3)
+    p, q = ((a @ b.T[:, :300] / 3).softmax(-1) for a, b in ((t, u), (x, w)))                         # by hand
+    close(train.distillation(x, w, t, u, 3.0), 9 * (p * (p / q).log()).sum(-1).mean(), 1e-5)
+    assert train.distillation(x, w, x, w) == 0
+    code, _, err = run(train, *arguments, "--teacher", trained, "--vocab", 300, "--out", tmp_path / "no")
+    assert code == 2 and "--vocab" in err
+    code, _, err = run(train, "--resume", "--out", tmp_path / "taught", "--steps", 33)
+    assert code == 0 and "distill_loss" in (tmp_path / "taught" / "log.jsonl").read_text().splitlines()[-1], err
+
+
+def start(program, *argv, **environment):
+    """A python program in a process of its own, on one thread."""
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, argv)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def test_two_processes_are_one_with_two_pieces(corpus, tmp_path):
+    """As torchrun starts them: the same losses, and the same model, as one that goes in two pieces."""
+    program = "import sys, train; train.MICRO_TOKENS = 64; sys.exit(train.main(sys.argv[1:]))"              # 2 windows
+    arguments = ("--data", corpus, *SMALL, "--steps", 12)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    one = start(program, *arguments, "--out", tmp_path / "one")
+    assert one.wait(120) == 0, one.stdout.read()
+    pair = [start(program, *arguments, "--out", tmp_path / "two", RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(2)]
+    texts = [p.communicate(timeout=120)[0] for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], texts
+    assert "2 processes" in texts[0] and "run " not in texts[1]
+    logs = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("one", "two")]
+    for a, b in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4 and abs(a["val_loss"] - b["val_loss"]) < 1e-4
+    a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    for name in a:
+        close(a[name], b[name], 1e-5)
+
+
+def test_a_batch_must_divide_among_the_processes(monkeypatch):
+    args = train.arguments().parse_args(["--batch", "5", "--steps", "3"])
+    processes = train.Processes()
+    processes.size = 2
+    with pytest.raises(train.UserError, match="--batch 5"):
+        train.plan(args, None, processes)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_killed_at_any_moment_and_resumed_is_uninterrupted(corpus, tmp_path):
+    program = ("import sys, train, random, threading, os, signal; train.SAVE_EVERY = 0.05; delay = float(sys.argv[1])\n"
+               "delay and threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+               "sys.exit(train.main(sys.argv[2:]))")
+    arguments, rng = ("--data", corpus, *SMALL, "--steps", 40), np.random.default_rng(0)
+    whole = start(program, 0, *arguments, "--out", tmp_path / "whole")
+    assert whole.wait(120) == 0, whole.stdout.read()
+    codes = []
+    for delay in (*(rng.random(4) * 1.0 + 0.2), 0):
+        killed = start(program, delay, *arguments, "--resume", "--out", tmp_path / "killed")
+        codes.append(killed.wait(120))
+        for name in ("state.pt", "model.safetensors", "log.jsonl"):          # whole, or not there yet
+            if (tmp_path / "killed" / name).exists():
+                train.read_state(tmp_path / "killed")
+    assert codes[-1] == 0 and -9 in codes
+    assert bits(tmp_path / "whole") == bits(tmp_path / "killed")
 
 
 def test_fine_tuning_starts_from_any_folder(trained, corpus, tmp_path):

@@ -45,8 +45,15 @@ import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                                          # Windows
+    fcntl = None
 
 from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy
 
@@ -94,6 +101,43 @@ def measure(device=None, seconds=0.6):
             flops[dtype] = max(flops[dtype], 2 * n ** 3 / best(lambda: a @ b, 0.15))
     big = torch.ones(2 ** 25 if device == "cpu" else 2 ** 28, device=device)  # 128 MB: beyond any CPU's caches
     return Machine(device, flops, big.numel() * 4 / best(big.sum, 0.3))
+
+
+class Processes:
+    """The processes that torchrun started, each with its share of every batch; just this one without torchrun."""
+
+    def __init__(self):
+        self.rank, self.size, self.local = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if self.size > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.local)
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def agree(self, *values):
+        """The first process's values, for all: what depends on its clock must not differ."""
+        if self.size == 1:
+            return values
+        box = [values]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def first_here(self, work):
+        """Do work in one process of each machine first, then in the others, which find what it left in the cache."""
+        if self.size > 1 and self.local:
+            dist.barrier()
+        result = work()
+        if self.size > 1 and not self.local:
+            dist.barrier()
+        return result
+
+    def sum(self, tensors):
+        """Replace each tensor by its sum over the processes: all in one message."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat)
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(part.view_as(t))
 
 
 def pick_device(device=None):
@@ -488,7 +532,8 @@ def pieces(text, size=2 ** 20):
 
 def quiet_bar():
     """tqdm's options: on a terminal ten times a second, in a log file every ten seconds."""
-    return dict(file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    return dict(file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True,
+                disable=os.environ.get("RANK", "0") != "0")
 
 
 def compressors(text):
@@ -661,6 +706,7 @@ class Model(nn.Module):
                   MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) for window in c.windows)
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        self.recompute = False                                               # of a block, keep its input alone
         if c.tied:
             self.head.weight = self.embed.weight
 
@@ -669,7 +715,8 @@ class Model(nn.Module):
         x = self.embed(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            x = block(x, positions, state)
+            x = (checkpoint(block, x, positions, use_reentrant=False) if self.recompute and torch.is_grad_enabled()
+                 else block(x, positions, state))
         return self.norm(x)
 
     def forward(self, tokens, positions=None, states=None):
@@ -890,10 +937,13 @@ def orthogonalize(x):
 
 
 class Optimizer:
-    """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's."""
+    """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's.
 
-    def __init__(self, model, lr=LR):
-        self.lr, self.stacks = lr, {}
+    Of several processes each orthogonalizes every size-th matrix of a stack, and all get the sum.
+    """
+
+    def __init__(self, model, lr=LR, processes=None):
+        self.lr, self.stacks, self.processes = lr, {}, processes or Processes()
         hidden = set()
         for weight, i, j in model.matrices():
             hidden.add(weight)
@@ -924,11 +974,22 @@ class Optimizer:
             views = [w[i:j].mT if tall else w[i:j] for w, i, j, tall in parts]
             g = torch.stack([w.grad[i:j].mT if tall else w.grad[i:j] for w, i, j, tall in parts])
             m = self.momentum[shape].lerp_(g, 1 - momentum)
-            update = orthogonalize(g.lerp_(m, momentum))                     # Nesterov: a step ahead of the mean
+            update = self.orthogonalized(g.lerp_(m, momentum))               # Nesterov: a step ahead of the mean
             for view, u, (_, i, j, tall) in zip(views, update, parts):
                 rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
                 decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)       # cautious: where both pull the same way
                 view.sub_(view * decay).sub_(u, alpha=rate)
+
+    def orthogonalized(self, x):
+        """`orthogonalize`, divided among the processes by matrix."""
+        mine = slice(self.processes.rank, None, self.processes.size)
+        if self.processes.size == 1:
+            return orthogonalize(x)
+        update = torch.zeros_like(x)
+        if len(x[mine]):
+            update[mine] = orthogonalize(x[mine])
+        self.processes.sum([update])
+        return update
 
     def state_dict(self):
         return {"adam": self.adam.state_dict(), "momentum": list(self.momentum.values())}
@@ -1082,32 +1143,42 @@ def plot(log, path, title):
 class Run:
     """A training run: the model, its optimizer, its place in the data and in time; saved and resumed as one."""
 
-    def __init__(self, settings, corpus, model, machine):
+    def __init__(self, settings, corpus, model, machine, teacher=None, processes=None):
         self.settings, self.corpus, self.model, self.machine = settings, corpus, model, machine
+        self.teacher, self.processes = teacher, processes or Processes()
         self.out = Path(settings["out"])
-        self.optimizer = Optimizer(model, settings["lr"])
+        self.optimizer = Optimizer(model, settings["lr"], self.processes)
         self.step = self.tokens = self.windows = 0
+        self.rows = max(1, MICRO_TOKENS // settings["context"])              # windows in a pass, halved where memory ends
+        self.loss_scale = 2.0 ** 15 if settings["dtype"] == "float16" else 1.0
         self.spent_before = 0.0                                              # seconds of the processes before this one
         self.done, self.finished = 0.0, False                                # the share of the run that is over
-        self.log, self.recent = [], [0.0, 0]                                 # evaluations; losses since: sum and count
+        self.log, self.recent = [], [0.0, 0.0, 0]                            # evaluations; loss, distilled, steps since
 
     def spent(self):
         return self.spent_before + time.monotonic() - START
 
     def save(self):
-        """The folder a reader wants, then state.pt, which alone resumes, renamed last."""
-        save(self.model, self.corpus.tokenizer, self.out)
-        lines = "".join(json.dumps(r) + "\n" for r in self.log)
-        with replacing(self.out / "log.jsonl") as path:
-            path.write_text(lines, encoding="utf-8")
+        """The folder a reader wants, then state.pt, which alone resumes, renamed last; by the first process.
+
+        UserError where that fails (a full disk): what was saved before is whole.
+        """
+        if self.processes.rank:
+            return
         t = self.corpus.tokenizer
         state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows,
                      seconds=self.spent(), done=self.done, recent=self.recent, finished=self.finished,
-                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     loss_scale=self.loss_scale, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                      config=self.model.config.raw, train_tokens=len(self.corpus.train),
                      tokenizer=dict(source=t.source, eos_ids=t.eos_ids, beside=t.beside))
-        with replacing(self.out / "state.pt") as path:
-            torch.save(state, path)
+        try:
+            save(self.model, t, self.out)
+            with replacing(self.out / "log.jsonl") as path:
+                path.write_text("".join(json.dumps(r) + "\n" for r in self.log), encoding="utf-8")
+            with replacing(self.out / "state.pt") as path:
+                torch.save(state, path)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(f"--out {self.out}: cannot be written ({error}); what was saved before is kept") from None
 
     def restore(self, state):
         """Go on from what `save` wrote; with more minutes or steps than then, less of the run is over."""
@@ -1116,7 +1187,8 @@ class Run:
                             "or start a new run in another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens, self.windows, self.recent = (state[k] for k in ("step", "tokens", "windows", "recent"))
+        for name in ("step", "tokens", "windows", "recent", "loss_scale"):
+            setattr(self, name, state[name])
         self.spent_before = state["seconds"]
         length = lambda settings: settings["minutes"] or settings["steps"]
         share = length(state["settings"]) / length(self.settings)
@@ -1128,30 +1200,81 @@ class Run:
 
     def record(self, val_loss, val_bpb, speed):
         """Note an evaluation; the training loss beside it is the mean since the one before."""
-        train_loss = self.recent[0] / self.recent[1] if self.recent[1] else val_loss
-        self.recent = [0.0, 0]
+        loss, distilled, steps = self.recent
+        self.recent = [0.0, 0.0, 0]
         self.log.append(dict(step=self.step, seconds=round(self.spent(), 2), tokens=self.tokens,
-                             done=round(self.done, 4), train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb,
-                             tokens_per_second=speed and round(speed),
+                             done=round(self.done, 4), train_loss=loss / steps if steps else val_loss,
+                             val_loss=val_loss, val_bpb=val_bpb, tokens_per_second=speed and round(speed),
                              lr=self.settings["lr"] * schedule(self.done)))
+        if self.teacher:
+            self.log[-1]["distill_loss"] = distilled / steps if steps else None
 
-    def micro_step(self, hidden):
-        """Forward and backward over one batch, in pieces that fit → mean loss; gradients are in .grad."""
-        s = self.settings
-        context, count = s["context"], s["batch"]
-        starts = window_starts(self.corpus.train, context, s["seed"], self.windows, count)
-        rows = max(1, MICRO_TOKENS // context)
-        total = 0.0
-        for i in range(0, count, rows):
-            x, y = batch_at(self.corpus.train, starts[i:i + rows], context, s["device"])
-            with autocast(s["device"], s["dtype"]):
-                h = hidden(x)
-                loss = linear_cross_entropy(h.flatten(0, 1), self.model.head.weight, y.flatten())
-            (loss * (len(x) / count)).backward()
-            total += loss.item() * len(x) / count
+    def gradients(self, hidden):
+        """Forward and backward over one batch → (mean loss, mean distillation loss, norm of the gradients in .grad).
+
+        Each process does its share, in pieces that fit: where memory ends the pieces are halved, then blocks keep only
+        their inputs for the backward pass, and this batch begins anew.
+        """
+        s, p = self.settings, self.processes
+        count = s["batch"]
+        starts = window_starts(self.corpus.train, s["context"], s["seed"], self.windows, count)
+        mine = starts[p.rank * count // p.size:(p.rank + 1) * count // p.size]
+        while True:
+            try:
+                losses = self.passes(hidden, mine, count)
+                break
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.model.zero_grad(set_to_none=True)
+                if self.rows == 1 and self.model.recompute:
+                    raise UserError(f"the memory does not hold a single window of {s['context']} tokens; "
+                                    f"give a smaller --context, --dim or --layers ({error})") from None
+                self.model.recompute, self.rows = self.rows == 1, max(1, min(self.rows, len(mine)) // 2)
+                tqdm.write("out of memory: going on with " + ("activations made anew in the backward pass"
+                           if self.model.recompute else f"{self.rows} windows at a time"), file=sys.stderr)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()                                     # outside: the exception holds the tensors
+        weights = [w for w in self.model.parameters() if w.grad is not None]
+        p.sum([*(w.grad for w in weights), losses])
+        if self.loss_scale != 1:
+            torch._foreach_div_([w.grad for w in weights], self.loss_scale)
         self.windows += count
-        self.tokens += count * context
-        return total
+        self.tokens += count * s["context"]
+        return *losses.tolist(), nn.utils.clip_grad_norm_(weights, 1.0).item()
+
+    def passes(self, hidden, starts, count):
+        """Forward and backward over windows of a batch of `count` → their part of its losses [2]."""
+        s, losses = self.settings, torch.zeros(2, device=self.settings["device"])
+        for i in range(0, len(starts), self.rows):
+            x, y = batch_at(self.corpus.train, starts[i:i + self.rows], s["context"], s["device"])
+            with autocast(s["device"], s["dtype"]):
+                h = hidden(x).flatten(0, 1)
+                loss = linear_cross_entropy(h, self.model.head.weight, y.flatten())
+                parts = [loss.detach(), torch.zeros_like(loss)]
+                if self.teacher:
+                    with torch.no_grad():
+                        told = self.teacher.hidden(x).flatten(0, 1)
+                    parts[1] = distillation(h, self.model.head.weight, told, self.teacher.head.weight)
+                    loss = (1 - DISTILLED) * loss + DISTILLED * parts[1]
+            share = len(x) / count
+            (loss * (share * self.loss_scale)).backward()
+            losses += torch.stack(parts).detach() * share
+        return losses
+
+
+DISTILLED, TEACHER_TEMPERATURE = 0.5, 2.0                                    # the teacher's share of the loss
+
+
+def distillation(x, w, teacher_x, teacher_w, temperature=TEACHER_TEMPERATURE):
+    """KL(teacher ‖ student), both softened by a temperature τ, times τ² → mean nats a row (Hinton et al. 2015,
+    arXiv 1503.02531). x [N, C], w [V, C], the teacher's as wide as it is; a chunk of logits at a time.
+    """
+    def part(x, t):
+        student = ((x @ w.T).float() / temperature).log_softmax(-1)
+        teacher = ((t @ teacher_w[:len(w)].T).float() / temperature).log_softmax(-1)
+        return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    rows = max(256, 2 ** 22 // len(w))
+    parts = [checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(rows), teacher_x.split(rows))]
+    return sum(parts) * temperature ** 2 / len(x)
 
 
 MICRO_TOKENS = 16384                                                         # a forward and backward pass at once
@@ -1238,9 +1361,13 @@ def train_loop(run, stop):
                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", **quiet_bar())
     model.train()
     with bar:
-        while not stop.code:
-            run.done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
-                        else run.step / s["steps"])
+        while True:
+            done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
+                    else run.step / s["steps"])
+            run.done, code = run.processes.agree(done, stop.code)
+            if code:
+                stop.code = code
+                return False
             if run.done >= 1 and run.step:
                 return True
             if ready and run.done >= ready[0] or total and not reserve:
@@ -1254,12 +1381,15 @@ def train_loop(run, stop):
             t = time.monotonic()
             if total and total - run.spent() > COMPILE_PAYS:
                 forward.consider()
-            loss = run.micro_step(forward)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if math.isfinite(loss) and torch.isfinite(norm):
+            loss, distilled, norm = run.gradients(forward)
+            if math.isfinite(loss) and math.isfinite(norm):
                 run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP),
                                    0.85 + 0.1 * min(1, run.step / 300))
-                bad, run.recent = 0, [run.recent[0] + loss, run.recent[1] + 1]
+                bad, run.recent = 0, [a + b for a, b in zip(run.recent, (loss, distilled, 1))]
+                if s["dtype"] == "float16" and run.step % 1000 == 999:
+                    run.loss_scale *= 2                                      # gradients in float16 stay clear of 0
+            elif math.isfinite(loss) and run.loss_scale > 1:
+                run.loss_scale /= 2                                          # the scaled gradients passed 65,504
             else:
                 bad += 1
                 tqdm.write(f"step {run.step}: the loss is not finite, the step is skipped", file=sys.stderr)
@@ -1278,9 +1408,11 @@ def train_loop(run, stop):
                                 + f" · {clock(left)} left", refresh=False)
             bar.update(min(run.spent(), total) - bar.n if total else 1)
             if time.monotonic() - saved > SAVE_EVERY:
-                run.save()
+                try:
+                    run.save()
+                except UserError as error:                                   # there may be room again by the next time
+                    tqdm.write(str(error), file=sys.stderr)
                 saved = time.monotonic()
-    return False
 
 
 WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 600.0                            # steps; seconds; seconds that repay it
@@ -1373,8 +1505,10 @@ def arguments():
     p.add_argument("--out", default="out", help="folder for the model (%(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--init", help="start from the model in this folder: fine-tuning")
+    p.add_argument("--teacher", help="learn from the model in this folder too: distillation")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (the faster one)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                   help="of the matrix products (the faster one)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (where it pays)")
     return p
 
@@ -1387,27 +1521,34 @@ def check(args):
         raise UserError(f"--seed {args.seed}: it must be 0 or more")
     if args.vocab and args.tokenizer not in (None, "bpe"):
         raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
-    if args.init:
-        given = [f for f in ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads")
-                 if getattr(args, f) is not None]
+    for flag, settled in (("init", ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads")),
+                          ("teacher", ("tokenizer", "vocab"))):
+        given = [f for f in settled if getattr(args, flag) and getattr(args, f) is not None]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} contradicts --init: "
-                            f"the folder {args.init} has that settled")
+            raise UserError(f"--{given[0].replace('_', '-')} contradicts --{flag}: "
+                            f"the folder {getattr(args, flag)} has that settled")
 
 
-def plan(args, machine):
+def plan(args, machine, processes):
     """The flags, and for those not given a choice by machine and budget → settings, complete."""
     s = {k: v for k, v in vars(args).items() if k != "resume"}
     if not args.steps:
         s["minutes"] = args.minutes or 5.0
     s["device"] = pick_device(args.device)
-    flops = machine.flops[torch.float32] * 60 * s["minutes"] * 0.5 if machine else 3e9 * args.steps
+    flops = machine.flops[torch.float32] * 60 * s["minutes"] * 0.5 * processes.size if machine else 3e9 * args.steps
     shape = shape_for(flops)
     if args.dtype is None:
-        faster = machine and machine.flops[torch.bfloat16] > 1.5 * machine.flops[torch.float32]
-        s["dtype"] = "bfloat16" if faster else "float32"
+        faster = machine and max((t for t in machine.flops if t != torch.float32), key=machine.flops.get)
+        s["dtype"] = "float32"
+        if faster and machine.flops[faster] > 1.5 * machine.flops[torch.float32]:
+            near = machine.flops[torch.bfloat16] > 0.7 * machine.flops[faster]   # float16 only where bfloat16 is none
+            s["dtype"] = "bfloat16" if near else "float16"
     for name, value in shape.items():
         s[name] = value if s[name] is None else s[name]
+    if args.batch is None:
+        s["batch"] = -(-s["batch"] // processes.size) * processes.size
+    if s["batch"] % processes.size:
+        raise UserError(f"--batch {s['batch']}: the {processes.size} processes must get the same number of windows")
     if str(s["layers"]).isdigit():
         s["layers"] = "a" * int(s["layers"])
     if not s["layers"] or set(s["layers"]) - {"a"}:
@@ -1469,10 +1610,8 @@ def resumed_settings(args, saved):
                 steps=max(args.steps or 0, saved["steps"] or 0) or None)
 
 
-def prepare(args):
+def prepare(args, processes):
     """Everything before the first step → Run (or None: a finished run with nothing left to do)."""
-    check(args)
-    writable(args.out)
     state = read_state(args.out) if args.resume else None
     if state:
         settings = resumed_settings(args, state["settings"])
@@ -1483,20 +1622,27 @@ def prepare(args):
                   "more --minutes or --steps go on with it")
             return None
     device = pick_device(settings["device"] if state else args.device)
-    machine = None if args.steps or state and settings["steps"] else measure(device)
+    timed = not (args.steps or state and settings["steps"])
+    (machine,) = processes.agree(measure(device) if timed and not processes.rank else None)
     start = load(args.init, device, torch.float32) if args.init and not state else None
     if not state:
-        settings = plan(args, machine)
-    if start and args.context is None:
-        settings["context"] = min(settings["context"], start[0].config.context)
-    tokenizer = start[1] if start else None
+        settings = plan(args, machine, processes)
+    teacher = load(settings["teacher"], device, torch.float32) if settings["teacher"] else None
+    given = [model for model, _ in filter(None, (start, teacher))]
+    if given and args.context is None and not state:
+        settings["context"] = min(settings["context"], *(model.config.context for model in given))
+    tokenizer = (start or teacher or (None, None))[1]
     if state:
         tokenizer = Tokenizer(state["tokenizer"]["source"], state["tokenizer"]["eos_ids"])
         tokenizer.beside = state["tokenizer"]["beside"]
-    made_here = state and not settings["init"]                               # then the cache has it under its kind
-    corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], None if made_here else tokenizer)
+    if teacher and teacher[1].library.get_vocab() != tokenizer.library.get_vocab():
+        raise UserError(f"--teacher {settings['teacher']}: its tokens are not those of the model that learns")
+    made_here = state and not settings["init"] and not teacher               # then the cache has it under its kind
+    read = lambda tokenizer: processes.first_here(lambda: load_corpus(settings["data"], settings["tokenizer"],
+                                                                      settings["vocab"], tokenizer))
+    corpus = read(None if made_here else tokenizer)
     if made_here and corpus.tokenizer.source != tokenizer.source:
-        corpus = load_corpus(settings["data"], settings["tokenizer"], settings["vocab"], tokenizer)
+        corpus = read(tokenizer)
     context = settings["context"]
     for part, tokens, least in (("training", corpus.train, context + 2), ("validation", corpus.val, 2)):
         if len(tokens) < least:
@@ -1511,7 +1657,7 @@ def prepare(args):
             corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids)
         model = empty_model(parse_config(raw), device=device)
         model = model if state else model.initialize(settings["seed"])
-    run = Run(settings, corpus, model, machine)
+    run = Run(settings, corpus, model, machine, teacher and teacher[0].eval().requires_grad_(False), processes)
     if state:
         run.restore(state)
     c = model.config
@@ -1528,8 +1674,28 @@ def prepare(args):
               + f" GFLOP/s; memory {machine.bandwidth / 1e9:.0f} GB/s")
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{settings['steps']:,} steps"
     print(f"run          {length} of {settings['batch']} × {context} tokens, {settings['dtype']}"
+          + (f", {processes.size} processes" if processes.size > 1 else "")
           + (f", from step {run.step:,}" if state else ""), flush=True)
     return run
+
+
+@contextlib.contextmanager
+def held(out):
+    """Keep the folder --out for this run: a second run into it is refused while this one lives, however it ends."""
+    if not fcntl:                                                            # Windows locks no folders: files are
+        yield                                                                # replaced whole, and the later run wins
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another run is writing there; wait for it, or give another folder") from None
+        except OSError:                                                      # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def main(argv=None):
@@ -1538,23 +1704,40 @@ def main(argv=None):
     try:
         if argv is not None:
             START = time.monotonic()                                         # called by a program, not from a shell
-        run = prepare(arguments().parse_args(argv))
-        if run is None:
-            return 0
-        with Stop() as stop:
-            done = train_loop(run, stop)
-            if not done:
-                run.save()
-                print(f"stopped at step {run.step:,} and saved; go on with --resume", file=sys.stderr)
-                return stop.code
-        finish(run)
-        return 0
+        args = arguments().parse_args(argv)
+        check(args)
+        writable(args.out)
+        processes = Processes()
+        with contextlib.ExitStack() as stack:
+            if processes.rank:                                               # one voice for all
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            else:
+                stack.enter_context(held(args.out))
+            return train(args, processes)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args, processes):
+    """A run from its flags to its end or a signal → exit code."""
+    run = prepare(args, processes)
+    if run is None:
+        return 0
+    with Stop() as stop:
+        if not train_loop(run, stop):
+            run.save()
+            print(f"stopped at step {run.step:,} and saved; go on with --resume", file=sys.stderr)
+            return stop.code
+    if not processes.rank:
+        finish(run)
+    return 0
 
 
 if __name__ == "__main__":
