@@ -970,6 +970,10 @@ def test_text_files_are_utf8_or_named(tmp_path):
     assert train.read_text(tmp_path / "bom.txt") == "a\r\nb"                 # the mark is dropped, CRLF is kept
     code, _, err = says("any.bin", bytes(range(256)) * 9, "--tokenizer", "bytes", "--context", 16, "--batch", 2)
     assert code == 0, err
+    (tmp_path / "source" / "__pycache__").mkdir(parents=True)
+    for name in ("a.py", "__pycache__/a.pyc", ".hidden"):
+        (tmp_path / "source" / name).write_bytes(b"\xff" if "a.py" != name else b"pass")
+    assert train.find_files(tmp_path / "source")[1] == [tmp_path / "source" / "a.py"]
 
 
 def test_splits_share_no_file_and_do_not_move(tmp_path):

@@ -367,8 +367,8 @@ def find_files(data):
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file()
-                       and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        hidden = lambda p: any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(path).parts)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p))
         if not files:
             raise UserError(f"--data {data}: the folder holds no files")
         return path, files
