@@ -615,7 +615,7 @@ def _rms_norm_bwd(dY, dSum, X, W, R, dX, dW, N, C, dy_row, dsum_row, x_row, roun
 
 @jit
 def _rotate_heads(X, Y, x_head, y_head, heads, cos, sin, half, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    h, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    h, d = tl.arange(0, BLOCK_H)[:, None].to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     here = (h < heads) & (d < half)
     a = tl.load(X + h * x_head + d, mask=here).to(tl.float32)                # pair d is (x[d], x[d + D/2])
     b = tl.load(X + h * x_head + half + d, mask=here).to(tl.float32)

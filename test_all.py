@@ -360,10 +360,10 @@ def test_offsets_may_pass_two_to_the_31(monkeypatch):
     near, w = far.clone(), torch.ones(8, dtype=torch.float16)
     assert torch.equal(A.rms_norm(far, w), A.rms_norm(near, w))
     assert torch.equal(A.swiglu(far, far), A.swiglu(near, near))
-    heads = lambda t: t.view(3, 1, 1, 8) if t is near else t.as_strided((3, 1, 1, 8), (2 ** 30, 8, 8, 1))
-    for a, b in zip(A.rotary(heads(far), heads(far), torch.arange(1, 2)),
-                    A.rotary(heads(near), heads(near), torch.arange(1, 2))):
-        assert torch.equal(a, b)
+    for shape in ((3, 1, 1, 8), (1, 3, 1, 8)):                               # sequences, then heads far apart
+        q, k = near.view(shape), far.as_strided(shape, (2 ** 30, 2 ** 30, 8, 1))
+        for a, b in zip(A.rotary(q, q, torch.arange(1, 2)), A.rotary(k, k, torch.arange(1, 2))):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("call,name", [
