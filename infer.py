@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                           # on Linux: large tensors in large pages
 import torch
 import torch.nn.functional as F
 
@@ -900,6 +902,21 @@ class FewRows(torch.nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+def pieces(segments, most):
+    """Cut (request, start, stop)s, in their order, into lists of up to `most` tokens."""
+    piece, room = [], most
+    for r, start, stop in segments:
+        while start < stop:
+            count = min(stop - start, room)
+            piece.append((r, start, start + count))
+            start, room = start + count, room - count
+            if not room:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
+
+
 def memory_of(device):
     """Bytes of memory that a cache may count on: half of what a GPU has left, a quarter of what a computer has."""
     if device.type == "cuda":
@@ -1064,9 +1081,13 @@ class LLM:
         rows = [end for end, (r, _, stop) in zip(ends, segments) if stop == len(r.ids)]
         return self.model.head(hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]).float()
 
+    PASS = 512                                                               # tokens whose numbers a CPU's cache holds
+
     def hidden(self, segments):
-        """Compute (request, start, stop)s, all in one row → what the head reads [N, C]."""
+        """Compute (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces."""
         device = self.model.embed.weight.device
+        if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > self.PASS:
+            return torch.cat([self.hidden(piece) for piece in pieces(segments, self.PASS)])
         tokens = torch.tensor([[token for r, start, stop in segments for token in r.ids[start:stop]]], device=device)
         positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
         return self.model.hidden(tokens, positions, self.cache.states(segments))[0]

@@ -1299,7 +1299,8 @@ def traffic(m, rng, count):
             arguments = dict(
                 max_tokens=new, temperature=draw(0.0, 0.7, 1.0, 1.5), top_k=draw(0, 0, 5, 40),
                 top_p=draw(1.0, 0.9, 0.5), min_p=draw(0.0, 0.0, 0.1),
-                repetition_penalty=draw(1.0, 1.2), presence_penalty=draw(0.0, 0.5), frequency_penalty=draw(0.0, 0.3), logit_bias=draw(None, {int(rng.integers(V)): 4.0}),
+                repetition_penalty=draw(1.0, 1.2), presence_penalty=draw(0.0, 0.5),
+                frequency_penalty=draw(0.0, 0.3), logit_bias=draw(None, {int(rng.integers(V)): 4.0}),
                 seed=int(rng.integers(1000)), stop=draw(None, None, ["e", "()"]), n=draw(1, 1, 1, 2),
                 logprobs=draw(None, None, 2), prompt_logprobs=draw(None, None, None, 1), ignore_eos=draw(True, False))
             sent += [((prompt, arguments), r) for r in m.add(prompt, **arguments)]
