@@ -542,8 +542,10 @@ def best(logits, k):
     """
     R, V = logits.shape
     width = V // 32
+    if k == V:
+        return logits.sort(dim=-1, descending=True, stable=True)
     if k * 8 > width:
-        values, tokens = logits.topk(min(k, V), dim=-1)
+        values, tokens = logits.topk(k, dim=-1)
     else:
         body = logits[:, :32 * width].unflatten(1, (32, width))
         columns = body.amax(1).topk(k, dim=-1, sorted=False).indices         # [R, k]
@@ -557,6 +559,11 @@ def best(logits, k):
     return values, tokens.gather(1, again)
 
 
+def floors(largest, rows):
+    """The least score [R, 1] that min-p leaves: min_p times as likely as the likeliest."""
+    return largest + torch.tensor([[r.sampling.min_p] for r in rows], device=largest.device).log()
+
+
 def filtered(scores, rows, whole, total=None):
     """Min-p, top-k and top-p over scores [R, K], largest first → the same with −∞ for what they leave out, and [R]
     whether those K decide the matter. whole: they are all tokens. total [R, 1]: log Σ exp of the whole row's scores.
@@ -564,8 +571,7 @@ def filtered(scores, rows, whole, total=None):
     column = lambda name, dtype=torch.float64: torch.tensor([getattr(r.sampling, name) for r in rows],
                                                             dtype=dtype, device=scores.device)[:, None]
     k, p, rank = column("top_k", torch.int64), column("top_p"), torch.arange(scores.shape[1], device=scores.device)
-    floor = scores[:, :1] + column("min_p", torch.float32).log()             # at least min_p of the likeliest's
-    out = (scores < floor) | (rank >= k) & (k > 0)
+    out = (scores < floors(scores[:, :1], rows)) | (rank >= k) & (k > 0)
     decided = out[:, -1:] | (k == scores.shape[1]) | whole                   # nothing beyond the K would be left
     kept = scores.masked_fill(out, -torch.inf).double()
     known = decided if total is None else decided | torch.isfinite(total)
@@ -577,7 +583,7 @@ def filtered(scores, rows, whole, total=None):
     return scores.masked_fill(out, -torch.inf), decided[:, 0]
 
 
-FEW, MANY = 64, 1024                                                         # candidates that are looked at first
+FEW, MANY = 64, 1024                                                         # candidates looked at before all are
 
 
 def sample(logits, requests):
@@ -596,20 +602,17 @@ def sample(logits, requests):
 
     if rows := rows_of(lambda s: s.greedy):
         keep(rows, pick(rows).argmax(-1))
-    if rows := rows_of(lambda s: 0 < s.top_k < V or s.top_p < 1 or s.min_p > 0):
-        wanted = max(requests[i].sampling.top_k for i in rows)
-        k = min(V, max(FEW, wanted if wanted <= MANY else 0))
-        ids, decided = choose(pick(rows), [requests[i] for i in rows], k)
-        keep([i for i, d in zip(rows, decided) if d], ids[decided])
-        if rows := [i for i, d in zip(rows, decided) if not d]:
-            keep(rows, choose(pick(rows), [requests[i] for i in rows], V)[0])
-    rows = rows_of(lambda s: True)
-    few = max(1, 2 ** 17 // V)                                               # rows at once that stay in a CPU's cache
-    for part in (rows[i:i + few] for i in range(0, len(rows), few)):
+    for k in (FEW, MANY, V):
+        if rows := rows_of(lambda s: 0 < s.top_k < V or s.top_p < 1 or s.min_p > 0 and k == FEW):
+            ids, decided = choose(pick(rows), [requests[i] for i in rows], min(k, V))
+            keep([i for i, d in zip(rows, decided) if d], ids[decided])
+    rows, every = rows_of(lambda s: True), torch.arange(V, device=logits.device)[None]
+    few = max(1, 2 ** 17 // V)                                               # rows at once that a CPU's cache holds
+    for part in (rows[i:i + few] for i in range(0, len(rows), few)):         # no order is needed among all tokens
         chosen = [requests[i] for i in part]
-        every = torch.arange(V, device=logits.device)[None]
-        keep(part, (logits[torch.tensor(part, device=logits.device)] / temperatures(chosen, logits)
-                    + noise(chosen, every)).argmax(-1))
+        scores = logits[torch.tensor(part, device=logits.device)] / temperatures(chosen, logits)
+        scores = scores.masked_fill(scores < floors(scores.amax(-1, keepdim=True), chosen), -torch.inf)
+        keep(part, (scores + noise(chosen, every)).argmax(-1))
     return tokens
 
 
@@ -1152,7 +1155,8 @@ class LLM:
                 return
         told = [i for i, r in enumerate(requests) if r.logprobs is not None]
         if told:
-            raw = logits[torch.tensor(told, device=logits.device)].log_softmax(-1)
+            raw = logits if len(told) == len(requests) else logits[torch.tensor(told, device=logits.device)]
+            raw = raw.log_softmax(-1)
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
         tokens = sample(logits, requests)

@@ -1330,7 +1330,7 @@ def test_random_traffic_gives_each_its_own_text_and_every_block_back(trained, pa
     for options in (dict(block_size=4, num_blocks=17, max_num_batched_tokens=16, max_num_seqs=8),
                     dict(block_size=2, num_blocks=32, max_num_batched_tokens=5, max_num_seqs=5)):
         m = engine(trained, paged, **options)
-        for (prompt, arguments), r in traffic(m, rng, 30):
+        for (prompt, arguments), r in traffic(m, rng, 15):
             assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
         preemptions += m.stats()["preemptions"]
     assert preemptions > 0
