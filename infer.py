@@ -486,24 +486,24 @@ class Tally:
 
 
 def penalize(logits, requests):
-    """Repetition, presence and frequency penalties and the logit bias, in place on logits [R, V] float32.
-
-    Only the tokens that a request has seen or biased are touched: nothing of size V is made for it.
+    """Repetition, presence and frequency penalties and the logit bias, in place on logits [R, V] float32 → a function
+    that takes them back. Only the tokens that a request has seen or biased are touched.
     """
     rows = [(i, r.tally, r.sampling) for i, r in enumerate(requests) if r.tally]
     if not rows:
-        return
+        return lambda: None
     sizes = [tally.size for _, tally, _ in rows]
     tensor = lambda array: torch.from_numpy(array).to(logits.device)
     spread = lambda values: tensor(np.repeat(np.array(values, dtype=np.float32), sizes))
     joined = lambda name: tensor(np.concatenate([getattr(t, name)[:t.size] for _, t, _ in rows]))
     place = tensor(np.repeat([i * logits.shape[1] for i, _, _ in rows], sizes)) + joined("tokens")
-    z, seen, count = logits.view(-1)[place], joined("seen") > 0, joined("count")
+    raw, seen, count = logits.view(-1)[place], joined("seen") > 0, joined("count")
     penalty = spread([s.repetition_penalty for _, _, s in rows])             # makes rarer whatever the sign
-    z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
+    z = torch.where(seen, torch.where(raw > 0, raw / penalty, raw * penalty), raw)
     z = z - spread([s.presence_penalty for _, _, s in rows]) * (count > 0)
     z = z - spread([s.frequency_penalty for _, _, s in rows]) * count
     logits.view(-1)[place] = z + joined("bias")
+    return lambda: logits.view(-1).index_put_((place,), raw)
 
 
 def _mix(x):
@@ -587,11 +587,11 @@ FEW, MANY = 64, 1024                                                         # c
 
 
 def sample(logits, requests):
-    """logits [R, V] float32, changed in place, and the R requests they belong to → token ids, a list.
+    """logits [R, V] float32 and the R requests they belong to → token ids, a list.
 
     In this order: penalties, logit bias, temperature, min-p, top-k, top-p, Gumbel-max.
     """
-    penalize(logits, requests)
+    take_back = penalize(logits, requests)
     V, tokens = logits.shape[1], [None] * len(requests)
     rows_of = lambda want: [i for i, r in enumerate(requests) if tokens[i] is None and want(r.sampling)]
     pick = lambda rows: logits if len(rows) == len(requests) else logits[torch.tensor(rows, device=logits.device)]
@@ -613,6 +613,7 @@ def sample(logits, requests):
         scores = logits[torch.tensor(part, device=logits.device)] / temperatures(chosen, logits)
         scores = scores.masked_fill(scores < floors(scores.amax(-1, keepdim=True), chosen), -torch.inf)
         keep(part, (scores + noise(chosen, every)).argmax(-1))
+    take_back()
     return tokens
 
 
@@ -646,14 +647,19 @@ def _signed(seed):
     return seed - 2 ** 64 if seed >= 2 ** 63 else seed
 
 
-def log_probabilities(logits, tokens, counts):
-    """logits [R, V], a token and a count of alternatives for each row → a dict token → log probability for each: the
-    likeliest, largest first, and the token.
-    """
-    logp = logits.float().log_softmax(-1)
-    values, ids = (a.tolist() for a in best(logp, max(1, *counts)))
-    own = logp[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
-    return [dict(zip(i[:k], v[:k])) | {token: mine} for i, v, k, token, mine in zip(ids, values, counts, tokens, own)]
+def likeliest(logits, k):
+    """Of logits [R, V]: log probabilities and tokens of the k likeliest [R, k], and log Σ exp [R, 1]."""
+    total = torch.cat([few.logsumexp(-1, keepdim=True) for few in logits.split(4)])  # few: in a CPU's cache
+    values, tokens = best(logits, max(k, 1))
+    return values - total, tokens, total
+
+
+def log_probabilities(logits, tokens, counts, likely):
+    """A dict token → log probability for each row of logits: as many of the likeliest as `counts` says, and the token."""
+    values, ids, total = likely
+    own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None]) - total
+    return [dict(zip(i[:k], v[:k])) | {token: mine} for i, v, k, token, (mine,)
+            in zip(ids.tolist(), values.tolist(), counts, tokens, own.tolist())]
 
 
 # --- 3. Text: from tokens to what may be shown ------------------------------------------------------------------------
@@ -1139,8 +1145,8 @@ class LLM:
         for i in range(max(first - 1, start), last, 64):
             targets = r.prompt[i + 1:min(i + 64, last) + 1]
             logits = self.model.head(hidden[i - start:i - start + len(targets)]).float()
-            r.prompt_logprobs += log_probabilities(logits.log_softmax(-1), targets,
-                                                   [r.sampling.prompt_logprobs] * len(targets))
+            k = r.sampling.prompt_logprobs
+            r.prompt_logprobs += log_probabilities(logits, targets, [k] * len(targets), likeliest(logits, k))
 
     def draw(self, logits, requests):
         """Sample the next token of each request from its row of logits [R, V]."""
@@ -1154,19 +1160,18 @@ class LLM:
             if not requests:
                 return
         told = [i for i, r in enumerate(requests) if r.logprobs is not None]
-        if told:
-            raw = logits if len(told) == len(requests) else logits[torch.tensor(told, device=logits.device)]
-            raw = raw.log_softmax(-1)
+        rows_told = lambda: logits if len(told) == len(requests) else logits[torch.tensor(told, device=logits.device)]
+        if told:                                                             # of the raw logits
+            counts = [requests[i].sampling.logprobs for i in told]
+            likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
         tokens = sample(logits, requests)
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
-            chosen = [requests[i] for i in told]
-            for r, logprobs in zip(chosen, log_probabilities(raw, [tokens[i] for i in told],
-                                                             [r.sampling.logprobs for r in chosen])):
-                r.logprobs.append(logprobs)
+            for i, known in zip(told, log_probabilities(rows_told(), [tokens[i] for i in told], counts, likely)):
+                requests[i].logprobs.append(known)
 
     def run(self, requests):
         """Generate for checked requests, yielding after each step: what is new is in them. Ends them if it is left."""
