@@ -655,7 +655,7 @@ def likeliest(logits, k):
 
 
 def log_probabilities(logits, tokens, counts, likely):
-    """A dict token → log probability for each row of logits: as many of the likeliest as `counts` says, and the token."""
+    """A dict token → log probability for each row: as many of the likeliest as `counts` says, and the row's token."""
     values, ids, total = likely
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None]) - total
     return [dict(zip(i[:k], v[:k])) | {token: mine} for i, v, k, token, (mine,)
