@@ -7,25 +7,37 @@ A decode step reads every weight once, whatever the batch: B sequences in step a
 until arithmetic or the cache (which each sequence has for itself) is the bound. Every figure printed here stands beside
 its bound.
 
+    cache     keys and values of the tokens so far, accounted in blocks: a sequence holds a table of them, gets one more
+              when it grows into it, and gives all back when it ends. Full blocks stay findable by their tokens: a
+              prompt that begins as an earlier one did takes them over instead of computing them again.
+    schedule  each step takes the next token of every running sequence, then pieces of waiting prompts, oldest first, up
+              to max_num_batched_tokens, in one pass over the weights. Where blocks run out the youngest sequence waits
+              again and is recomputed later.
     sampling  token = argmax(logits / temperature + g),  g = −log(−log u), u uniform in (0, 1): Gumbel-max, the same
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama or Mistral; `--score FILE`, `--bench`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama or Mistral; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
+import bisect
 import codecs
+import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                           # on Linux: large tensors in large pages
 import torch
 import torch.nn.functional as F
 
@@ -33,28 +45,363 @@ import train
 from train import Parser, UserError, load, measure, positive
 
 
-# --- 1. Sampler -------------------------------------------------------------------------------------------------------
+# --- 1. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
 
-def _mix(x):
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): int64 [...] → int64, every bit depends on every bit."""
-    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -0x40A7_B892_E31B_1A47           # · BF58476D1CE4E5B9, in two's complement
-    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -0x6B2F_B644_ECCE_EE15          # · 94D049BB133111EB
-    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
+class Block:
+    """`size` places for tokens. key: the hash of its tokens and of all before them, once they are computed."""
+    __slots__ = ("id", "refs", "key", "parent", "tokens", "home")
+
+    def __init__(self, id):
+        self.id, self.refs = id, 0
+        self.forget()
+
+    def forget(self):
+        self.key = self.parent = self.tokens = self.home = None
 
 
-GOLDEN = -0x61C8_8646_80B5_83EB                                              # 9E3779B97F4A7C15: 2⁶⁴ / the golden ratio
+class Blocks:
+    """The pool of blocks: who holds each, and the full ones by the hash of (parent, tokens). Accounting, no numbers.
+
+    A block that no sequence holds keeps its tokens until its place is needed: those let go longest ago are taken first.
+    """
+
+    def __init__(self, total, size, caching=True):
+        self.total, self.size, self.caching, self.hits = total, size, caching, 0
+        self.idle = OrderedDict((id, Block(id)) for id in range(total))      # held by no one; the first is taken next
+        self.known = {}                                                      # key → block
+
+    def __len__(self):
+        return len(self.idle)
+
+    def take(self, count):
+        """→ a list of that many blocks, for one holder."""
+        taken = [self.idle.popitem(last=False)[1] for _ in range(count)]
+        for block in taken:
+            if block.key:
+                del self.known[block.key]
+                block.forget()
+            block.refs = 1
+        return taken
+
+    def hold(self, block):
+        """One more holder of a known block."""
+        self.idle.pop(block.id, None)
+        block.refs += 1
+
+    def release(self, table):
+        """A sequence lets go of its blocks; the last first, as it is worth less than those it stands on."""
+        for block in reversed(table):
+            block.refs -= 1
+            if not block.refs:
+                self.idle[block.id] = block
+                if not block.key:
+                    self.idle.move_to_end(block.id, last=False)              # nothing to find in it: taken next
+        table.clear()
+
+    @staticmethod
+    def key(parent, tokens):
+        return hashlib.blake2b(parent + np.array(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+    def find(self, key, parent, tokens):
+        """The block of these tokens after that parent, or None. The hash finds it, the tokens decide."""
+        block = self.known.get(key)
+        return block if block and block.parent == parent and block.tokens == tokens else None
+
+    def register(self, block, key, parent, tokens, home):
+        """Make a block findable, now that all its tokens are computed and can be copied from `home`."""
+        if self.caching and key not in self.known:
+            block.key, block.parent, block.tokens, block.home = key, parent, tokens, home
+            self.known[key] = block
 
 
-def gumbel(seeds, choices, positions, V):
-    """Noise keyed by (seed, choice, position, token): three int64 [R] → float32 [R, V]. A counter-based generator."""
-    key = seeds
-    for part in (choices, positions):
-        key = _mix((key + GOLDEN) ^ _mix(part + GOLDEN))
-    token = torch.arange(1, V + 1, device=seeds.device)
-    bits = _mix(_mix(key)[:, None] + token * GOLDEN)                         # [R, V]
-    u = (((bits >> 40) & 0xFF_FFFF).double() + 0.5) * 2.0 ** -24             # never 0 or 1
-    return -torch.log(-torch.log(u)).float()
+def quantized(x):
+    """x [..., D] → int8 [..., D] and its scale float32 [...]: the largest of each vector becomes 127."""
+    scale = x.abs().amax(-1).float().clamp(min=1e-12) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
 
+
+class Slab:
+    """One sequence's keys and values, each layer's in one piece. Pages of memory never written to are never there.
+
+    data [2 · layers, 1, G, capacity, D]: keys of layer l at 2l, values at 2l + 1; in int8 with scale [… without D].
+    """
+
+    def __init__(self, shape, dtype, device, int8):
+        self.data = torch.empty(shape, dtype=torch.int8 if int8 else dtype, device=device)
+        self.scale = torch.empty(shape[:-1], device=device) if int8 else None
+
+    def cut(self, start, stop):
+        """Tokens start … stop → views [1, G, stop − start, D], keys and values of all layers."""
+        return self.data[:, :, :, start:stop].unbind()
+
+    def cut_scale(self, start, stop):
+        return self.scale[:, :, :, start:stop].unbind()
+
+    def copy(self, source, start, stop):
+        torch._foreach_copy_(self.cut(start, stop), source.cut(start, stop))
+        if self.scale is not None:
+            torch._foreach_copy_(self.cut_scale(start, stop), source.cut_scale(start, stop))
+
+
+class Slabs:
+    """Caches on a CPU: torch's attention wants a sequence's keys in one piece, so each sequence has a `Slab`.
+
+    A block that is found is copied once, from the slab it was computed in, which lives as long as the block is known.
+    """
+
+    def __init__(self, model, blocks, int8):
+        c, weight = model.config, model.embed.weight
+        self.size = blocks.size
+        self.new = lambda capacity: Slab((2 * len(model.blocks), 1, c.kv_heads, capacity, c.head_dim),
+                                         weight.dtype, weight.device, int8)
+
+    def open(self, r):
+        """Memory for a request that has its blocks; its first `computed` tokens are copied from where they lie."""
+        r.slab = self.new(r.capacity)
+        found = r.table[:r.computed // self.size]
+        for source, run in itertools.groupby(range(len(found)), lambda i: found[i].home):
+            run = list(run)
+            r.slab.copy(source, run[0] * self.size, (run[-1] + 1) * self.size)
+
+    def close(self, r):
+        r.slab = None
+
+    def home(self, r):
+        return r.slab
+
+    def states(self, segments):
+        """segments: (request, start, stop), the tokens that a pass computes, in a row → a state for each layer."""
+        views = SlabViews(segments)
+        return [SlabState(views, 2 * layer) for layer in range(len(views.all[0]) // 2)]
+
+
+class SlabViews:
+    """What a pass writes (new) and reads (all) of its slabs: cut once, for all layers."""
+
+    def __init__(self, segments):
+        self.counts = [stop - start for _, start, stop in segments]
+        self.new = [r.slab.cut(start, stop) for r, start, stop in segments]
+        self.all = [r.slab.cut(0, stop) for r, _, stop in segments]
+        self.int8 = segments[0][0].slab.scale is not None
+        if self.int8:
+            self.new_scale = [r.slab.cut_scale(start, stop) for r, start, stop in segments]
+            self.all_scale = [r.slab.cut_scale(0, stop) for r, _, stop in segments]
+
+
+class SlabState:
+    """The state of one layer's attention in a pass over many sequences: each looks back over its own slab."""
+
+    def __init__(self, views, part):
+        self.views, self.part = views, part
+
+    def write(self, x, part):
+        """x [1, G, N, D], the tokens of all segments."""
+        views = self.views
+        if views.int8:
+            x, scale = quantized(x)
+            torch._foreach_copy_([new[part] for new in views.new_scale], scale.split(views.counts, dim=2))
+        torch._foreach_copy_([new[part] for new in views.new], x.split(views.counts, dim=2))
+
+    def read(self, i, part, dtype):
+        """Keys or values of segment i from its beginning → [1, G, S, D]."""
+        x = self.views.all[i][part]
+        return (x * self.views.all_scale[i][part][..., None]).to(dtype) if self.views.int8 else x
+
+    def attend(self, q, k, v, attention, window=None):
+        """q [1, H, N, D], k, v [1, G, N, D] → [1, H, N, D]."""
+        (_, H, N, D), G, parts, at = q.shape, k.shape[1], [], 0
+        self.write(k, self.part)
+        self.write(v, self.part + 1)
+        ones = q[0].transpose(0, 1).reshape(N, 1, G, H // G, D).unbind()     # a group's heads stand as its queries
+        for i, count in enumerate(self.views.counts):
+            keys, values = self.read(i, self.part, q.dtype), self.read(i, self.part + 1, q.dtype)
+            if count == 1:
+                if window is not None:
+                    keys, values = keys[:, :, -window:], values[:, :, -window:]
+                y = F.scaled_dot_product_attention(ones[at], keys, values).view(1, H, D)
+            else:
+                y = attention(q[:, :, at:at + count], keys, values, window=window)[0].transpose(0, 1)
+            parts.append(y)                                                  # [count, H, D]
+            at += count
+        return torch.cat(parts).transpose(0, 1)[None]
+
+
+class Row(Slab):
+    """A slab that is one row of tensors which hold many."""
+    scale = None
+
+    def __init__(self, store, row):
+        self.row, self.parts = row, [part[row:row + 1] for part in store]
+
+    def cut(self, start, stop):
+        return [part[:, :, start:stop] for part in self.parts]
+
+
+class Rows(Slabs):
+    """Slabs of equal size, for a compiled step on a CPU: `rows` in one tensor for each layer's keys and values.
+
+    A request that is longer than a row has a slab of its own, as in `Slabs`, and then no step is a compiled one. A row
+    is used again at once, so no block can be copied from it later: not with the prefix cache.
+    """
+
+    def __init__(self, model, blocks, rows):
+        super().__init__(model, blocks, int8=False)
+        c, weight = model.config, model.embed.weight
+        self.capacity, self.rows, self.free = blocks.total // rows * blocks.size, rows, list(range(rows))
+        self.store = [torch.zeros(rows, c.kv_heads, self.capacity, c.head_dim, dtype=weight.dtype)
+                      for _ in range(2 * len(model.blocks))]
+        own = self.new
+        self.new = lambda capacity: Row(self.store, self.free.pop(0)) if capacity <= self.capacity else own(capacity)
+
+    def close(self, r):
+        if isinstance(r.slab, Row):
+            for part in r.slab.parts:
+                part.zero_()                                                 # a compiled step reads all places: no NaN
+            bisect.insort(self.free, r.slab.row)
+        r.slab = None
+
+    def shape(self, segments):
+        """What a step for these segments is compiled for; None where it can't be."""
+        fit = len(segments) == self.rows and all(isinstance(r.slab, Row) for r, _, _ in segments)
+        return self.rows if fit else None
+
+    def inputs(self, segments, shape):
+        """→ the order of the rows, tokens and positions [rows, 1], and what `graph` takes."""
+        order = [r.slab.row for r, _, _ in segments]
+        tokens, positions = torch.zeros(2, self.rows, dtype=torch.int64)
+        tokens[order] = torch.tensor([r.ids[start] for r, start, _ in segments])
+        positions[order] = torch.tensor([start for _, start, _ in segments])
+        return order, tokens[:, None], positions[:, None], [positions, *self.store]
+
+    def graph(self, positions, *store):
+        return [RowState(positions, *store[i:i + 2]) for i in range(0, len(store), 2)]
+
+
+class RowState:
+    """One layer's state in a graph of fixed shape: positions say how far each row is filled."""
+
+    def __init__(self, positions, keys, values):
+        self.positions, self.keys, self.values = positions, keys, values
+
+    def attend(self, q, k, v, attention, window=None):
+        """q [B, H, 1, D], k, v [B, G, 1, D] → [B, H, 1, D]."""
+        (B, H, _, D), G = q.shape, k.shape[1]
+        place = torch.arange(self.keys.shape[2])
+        for store, x in ((self.keys, k), (self.values, v)):
+            store.index_put_((torch.arange(B)[:, None], torch.arange(G), self.positions[:, None]), x[:, :, 0])
+        seen = place <= self.positions[:, None]
+        if window is not None:
+            seen = seen & (place > self.positions[:, None] - window)
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.keys, self.values,
+                                           attn_mask=seen[:, None, None].expand(-1, 1, H // G, -1))
+        return y.reshape(B, H, 1, D)
+
+
+class Pages:
+    """Caches on a GPU: a block is a page, a table says which pages are a sequence's; what is shared lies there once.
+
+    data: [pages, size, G, D] for the keys and the values of each layer. One page more than there are blocks takes what
+    the padding of a compiled step writes.
+    """
+
+    def __init__(self, model, blocks, int8):
+        c, weight = model.config, model.embed.weight
+        self.size, self.spare = blocks.size, blocks.total
+        shape, parts = (blocks.total + 1, blocks.size, c.kv_heads, c.head_dim), range(2 * len(model.blocks))
+        self.data = [torch.zeros(shape, dtype=torch.int8 if int8 else weight.dtype, device=weight.device)
+                     for _ in parts]
+        self.scale = [torch.zeros(shape[:-1], device=weight.device) if int8 else None for _ in parts]
+
+    def open(self, r):
+        pass
+
+    close = home = open
+
+    def places(self, segments, rows=0, width=0):
+        """→ int64 slots [N] for the tokens, tables [rows, width], lengths [rows], padded to at least these sizes."""
+        rows = max(rows, len(segments))
+        width = max([width] + [-(-stop // self.size) for _, _, stop in segments])
+        table, lengths, slots = np.full((rows, width), self.spare), np.ones(rows, dtype=np.int64), []
+        for i, (r, start, stop) in enumerate(segments):
+            ids, at = np.array([block.id for block in r.table[:width]]), np.arange(start, stop)
+            table[i, :len(ids)], lengths[i] = ids, stop
+            slots.append(ids[at // self.size] * self.size + at % self.size)
+        slots.append(np.full(rows - len(segments), self.spare * self.size))
+        return [torch.from_numpy(a.astype(np.int64)).to(self.data[0].device)
+                for a in (np.concatenate(slots), table, lengths)]
+
+    def states(self, segments):
+        return self.layers(*self.places(segments), [(stop - start, stop) for _, start, stop in segments])
+
+    def shape(self, segments):
+        """What a step for these segments is compiled for: rows and pages a row, in powers of two."""
+        power = lambda n: 1 << (n - 1).bit_length()
+        return power(len(segments)), power(max(-(-stop // self.size) for _, _, stop in segments))
+
+    def inputs(self, segments, shape):
+        """→ the order of the rows, tokens and positions [1, rows], and what `graph` takes."""
+        slots, table, lengths = self.places(segments, *shape)
+        tokens = torch.zeros(1, shape[0], dtype=torch.int64)
+        tokens[0, :len(segments)] = torch.tensor([r.ids[start] for r, start, _ in segments])
+        return list(range(len(segments))), tokens.to(slots.device), lengths[None] - 1, [slots, table, lengths]
+
+    def graph(self, slots, table, lengths):
+        return self.layers(slots, table, lengths)
+
+    def layers(self, slots, table, lengths, segments=None):
+        """segments: (tokens, length after them) of each; None: one token each, as in a graph of fixed shape."""
+        parts = list(zip(self.data, self.scale))
+        return [PageState(parts[i:i + 2], slots, table, lengths, segments) for i in range(0, len(parts), 2)]
+
+
+class PageState:
+    """The state of one layer's attention over pages."""
+
+    def __init__(self, parts, slots, table, lengths, segments):
+        self.parts, self.slots, self.table, self.lengths, self.segments = parts, slots, table, lengths, segments
+
+    def write(self, x, pages, scale):
+        x = x[0].transpose(0, 1)                                             # [N, G, D]
+        if scale is not None:
+            x, s = quantized(x)
+            scale.view(-1, scale.shape[-1]).index_copy_(0, self.slots, s)
+        pages.view(-1, *pages.shape[2:]).index_copy_(0, self.slots, x)
+
+    @staticmethod
+    def read(table, seen, dtype, pages, scale):
+        """table [B, n], seen [B, n · size] → [B, G, n · size, D]; what is not seen may hold anything, and becomes 0."""
+        x = pages[table] if scale is None else pages[table] * scale[table][..., None]
+        return x.to(dtype).flatten(1, 2).masked_fill(~seen[..., None, None], 0).transpose(1, 2)
+
+    def attend(self, q, k, v, attention, window=None):
+        """q [1, H, N, D], k, v [1, G, N, D] → [1, H, N, D]."""
+        self.write(k, *self.parts[0])
+        self.write(v, *self.parts[1])
+        if self.segments is None or all(count == 1 for count, _ in self.segments):
+            return self.decode(q, window)
+        parts, at = [], 0
+        for i, (count, stop) in enumerate(self.segments):
+            table = self.table[i:i + 1, :-(-stop // self.parts[0][0].shape[1])]
+            seen = torch.arange(table.numel() * self.parts[0][0].shape[1], device=q.device)[None] < stop
+            keys, values = (self.read(table, seen, q.dtype, *part)[:, :, :stop] for part in self.parts)
+            parts.append(attention(q[:, :, at:at + count], keys, values, window=window))
+            at += count
+        return torch.cat(parts, dim=2)
+
+    def decode(self, q, window):
+        """One token a row, all rows at once."""
+        (_, H, N, D), G = q.shape, self.parts[0][0].shape[2]
+        place = torch.arange(self.table.shape[1] * self.parts[0][0].shape[1], device=q.device)
+        seen = place < self.lengths[:, None]
+        if window is not None:
+            seen = seen & (place >= self.lengths[:, None] - window)
+        keys, values = (self.read(self.table, seen, q.dtype, *part) for part in self.parts)
+        y = F.scaled_dot_product_attention(q[0].transpose(0, 1).reshape(N, G, H // G, D), keys, values,
+                                           attn_mask=seen[:, None, None].expand(-1, 1, H // G, -1))
+        return y.reshape(N, H, D).transpose(0, 1)[None]
+
+
+# --- 2. Sampler -------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
@@ -65,13 +412,18 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict | None = None                                           # token → what is added to its logit
     seed: int | None = None
     stop: list = field(default_factory=list)
     n: int = 1
+    logprobs: int | None = None                                              # so many of the likeliest, and the chosen
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
 
-    def check(self):
-        """ValueError names the argument that is out of range."""
+    def check(self, V):
+        """ValueError names the argument that is out of range; V: how many tokens the model has."""
         def need(ok, name, what):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {what}")
@@ -85,52 +437,208 @@ class Sampling:
         need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 (off) to 1")
         need(number(self.repetition_penalty) and self.repetition_penalty > 0,
              "repetition_penalty", "a number above 0 (1: off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            need(number(getattr(self, name)), name, "a number (0: off)")
+        try:
+            bias = {int(token): value for token, value in dict(self.logit_bias or {}).items()}
+        except (TypeError, ValueError):
+            bias = {-1: 0}
+        need(all(0 <= token < V and number(value) for token, value in bias.items()),
+             "logit_bias", f"numbers by tokens from 0 to {V - 1}")
+        self.logit_bias = bias
         need(self.seed is None or whole(self.seed), "seed", "a whole number")
         need(whole(self.n) and self.n >= 1, "n", "a whole number from 1")
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        need(all(isinstance(s, str) and s for s in self.stop), "stop", "a string or a list of strings, none empty")
+        for name in ("logprobs", "prompt_logprobs"):
+            k = getattr(self, name)
+            need(k is None or whole(k) and 0 <= k <= V, name, f"a whole number from 0 to {V}")
+        need(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        need(isinstance(self.stop, (list, tuple)) and all(isinstance(s, str) and s for s in self.stop),
+             "stop", "a string or a list of strings, none empty")
+
+    @property
+    def greedy(self):
+        return self.temperature == 0 or self.top_p == 0
+
+    @property
+    def penalizes(self):
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+class Tally:
+    """What a request's penalties ask for: which tokens were there, and how often in the output; kept as they come."""
+
+    def __init__(self, prompt, limit, bias):
+        known = list(dict.fromkeys([*prompt, *bias]))
+        self.at, self.size = {token: i for i, token in enumerate(known)}, len(known)
+        self.tokens = np.zeros(len(known) + limit, dtype=np.int64)
+        self.seen, self.count, self.bias = np.zeros((3, len(known) + limit), dtype=np.float32)
+        self.tokens[:self.size] = known
+        self.seen[:self.size] = np.isin(known, prompt)
+        for token, value in bias.items():
+            self.bias[self.at[token]] = value
+
+    def add(self, token):
+        i = self.at.setdefault(token, self.size)
+        self.size = len(self.at)
+        self.tokens[i], self.seen[i] = token, 1
+        self.count[i] += 1
+
+
+def penalize(logits, requests):
+    """Repetition, presence and frequency penalties and the logit bias, in place on logits [R, V] float32 → a function
+    that takes them back. Only the tokens that a request has seen or biased are touched.
+    """
+    rows = [(i, r.tally, r.sampling) for i, r in enumerate(requests) if r.tally]
+    if not rows:
+        return lambda: None
+    sizes = [tally.size for _, tally, _ in rows]
+    tensor = lambda array: torch.from_numpy(array).to(logits.device)
+    spread = lambda values: tensor(np.repeat(np.array(values, dtype=np.float32), sizes))
+    joined = lambda name: tensor(np.concatenate([getattr(t, name)[:t.size] for _, t, _ in rows]))
+    place = tensor(np.repeat([i * logits.shape[1] for i, _, _ in rows], sizes)) + joined("tokens")
+    raw, seen, count = logits.view(-1)[place], joined("seen") > 0, joined("count")
+    penalty = spread([s.repetition_penalty for _, _, s in rows])             # makes rarer whatever the sign
+    z = torch.where(seen, torch.where(raw > 0, raw / penalty, raw * penalty), raw)
+    z = z - spread([s.presence_penalty for _, _, s in rows]) * (count > 0)
+    z = z - spread([s.frequency_penalty for _, _, s in rows]) * count
+    logits.view(-1)[place] = z + joined("bias")
+    return lambda: logits.view(-1).index_put_((place,), raw)
+
+
+def _mix(x):
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): int64 [...] → int64, every bit depends on every bit."""
+    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -0x40A7_B892_E31B_1A47           # · BF58476D1CE4E5B9, in two's complement
+    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -0x6B2F_B644_ECCE_EE15          # · 94D049BB133111EB
+    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
+
+
+GOLDEN = -0x61C8_8646_80B5_83EB                                              # 9E3779B97F4A7C15: 2⁶⁴ / the golden ratio
+
+
+def gumbel(seeds, choices, positions, tokens):
+    """Noise keyed by (seed, choice, position, token): int64 [R] three times, tokens int64 [R or 1, K] → float32 [R, K].
+
+    A counter-based generator: each row has a key of 64 bits, each token mixes its number with both halves of it, in 32
+    bits, which a CPU does eight at a time.
+    """
+    key = seeds
+    for part in (choices, positions):
+        key = _mix((key + GOLDEN) ^ _mix(part + GOLDEN))
+    low, high = _mix(key).view(torch.int32).view(-1, 2).unbind(1)
+    x = tokens.to(torch.int32) * -0x61C8_8647 + low[:, None]                 # · 9E3779B9; then murmur3's finaliser
+    for shift, mask, factor in ((16, 0xFFFF, -0x7A14_3595), (13, 0x7_FFFF, -0x3D4D_51CB), (15, 0x1_FFFF, 0x2C1B_3C6D)):
+        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(factor)
+        x.bitwise_xor_(high[:, None]) if shift == 16 else x
+    u = ((x >> 9).bitwise_and_(0x7F_FFFF)).float().add_(0.5).mul_(2.0 ** -23)  # never 0 or 1
+    return u.log_().neg_().log_().neg_()
+
+
+def best(logits, k):
+    """The k largest of each row of logits [R, V] → values and tokens [R, k], largest first, of equals the lower token.
+
+    With the row written in 32 lines, the k largest lie in the k columns that have the largest maxima: one quick pass
+    leaves few candidates.
+    """
+    R, V = logits.shape
+    width = V // 32
+    if k == V:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    if k * 8 > width:
+        values, tokens = logits.topk(k, dim=-1)
+    else:
+        body = logits[:, :32 * width].unflatten(1, (32, width))
+        columns = body.amax(1).topk(k, dim=-1, sorted=False).indices         # [R, k]
+        tokens = (columns[:, None] + width * torch.arange(32, device=logits.device)[:, None]).flatten(1)
+        rest = torch.arange(32 * width, V, device=logits.device).expand(R, -1)
+        tokens = torch.cat([tokens, rest], 1)                                # [R, 32 k and the rest]
+        values, at = logits.gather(1, tokens).topk(k, dim=-1)
+        tokens = tokens.gather(1, at)
+    tokens, order = tokens.sort(dim=-1)
+    values, again = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, again)
+
+
+def floors(largest, rows):
+    """The least score [R, 1] that min-p leaves: min_p times as likely as the likeliest."""
+    return largest + torch.tensor([[r.sampling.min_p] for r in rows], device=largest.device).log()
+
+
+def filtered(scores, rows, whole, total=None):
+    """Min-p, top-k and top-p over scores [R, K], largest first → the same with −∞ for what they leave out, and [R]
+    whether those K decide the matter. whole: they are all tokens. total [R, 1]: log Σ exp of the whole row's scores.
+    """
+    column = lambda name, dtype=torch.float64: torch.tensor([getattr(r.sampling, name) for r in rows],
+                                                            dtype=dtype, device=scores.device)[:, None]
+    k, p, rank = column("top_k", torch.int64), column("top_p"), torch.arange(scores.shape[1], device=scores.device)
+    out = (scores < floors(scores[:, :1], rows)) | (rank >= k) & (k > 0)
+    decided = out[:, -1:] | (k == scores.shape[1]) | whole                   # nothing beyond the K would be left
+    kept = scores.masked_fill(out, -torch.inf).double()
+    known = decided if total is None else decided | torch.isfinite(total)
+    size = kept.logsumexp(-1, keepdim=True)
+    likelier = (kept - (size if total is None else torch.where(decided, size, total))).exp().cumsum(-1)
+    decided = decided | known & (p < 1) & (likelier[:, -1:] >= p)
+    before = likelier.roll(1, -1)                                            # probability of all likelier tokens
+    out |= (before >= p) & (p < 1) & (rank > 0)                              # the smallest set that reaches p
+    return scores.masked_fill(out, -torch.inf), decided[:, 0]
+
+
+FEW, MANY = 64, 1024                                                         # candidates looked at before all are
 
 
 def sample(logits, requests):
-    """logits [R, V] and the R requests they belong to → token ids [R].
+    """logits [R, V] float32 and the R requests they belong to → token ids, a list.
 
-    In this order: repetition penalty, temperature, min-p, top-k, top-p, Gumbel-max. ValueError if a row is not finite.
+    In this order: penalties, logit bias, temperature, min-p, top-k, top-p, Gumbel-max.
     """
-    logits = logits.float()
-    R, V = logits.shape
-    device = logits.device
-    column = lambda name, dtype=torch.float32: torch.tensor([getattr(r.sampling, name) for r in requests],
-                                                            dtype=dtype, device=device)[:, None]
-    if any(r.sampling.repetition_penalty != 1 for r in requests):
-        seen = torch.zeros(R, V, dtype=torch.bool, device=device)
-        for row, r in zip(seen, requests):
-            row[torch.tensor(r.prompt + r.tokens, device=device)] = True
-        penalty = column("repetition_penalty")                               # makes a token rarer, whatever its sign
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise ValueError("the model's logits are not finite: its weights are broken, or --dtype float32 is needed")
-    greedy = torch.tensor([r.sampling.temperature == 0 or r.sampling.top_p == 0 for r in requests], device=device)
-    if greedy.all():
-        return logits.argmax(-1)
-    temperature = column("temperature")
-    scores = logits / torch.where(greedy[:, None], 1, temperature)
-    if any(r.sampling.min_p > 0 for r in requests):                          # at least min_p of the likeliest's
-        floor = scores.amax(-1, keepdim=True) + column("min_p").log()
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    if any(0 < r.sampling.top_k < V or r.sampling.top_p < 1 for r in requests):
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)    # of equals the lower id first
-        rank = torch.arange(V, device=device)
-        k = column("top_k", torch.int64)
-        ranked = ranked.masked_fill((rank >= k) & (k > 0), -torch.inf)
-        before = ranked.softmax(-1, dtype=torch.float64).cumsum(-1).roll(1, -1)  # probability of all likelier tokens
-        before[:, 0] = 0
-        p = column("top_p", torch.float64)
-        ranked = ranked.masked_fill((before >= p) & (p < 1) & (rank > 0), -torch.inf)  # the smallest set that reaches p
-        scores = torch.empty_like(scores).scatter_(1, order, ranked)
-    key = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
-    noise = gumbel(key([_signed(r.seed) for r in requests]), key([r.choice for r in requests]),
-                   key([r.position for r in requests]), V)
-    return torch.where(greedy, logits.argmax(-1), (scores + noise).argmax(-1))
+    take_back = penalize(logits, requests)
+    V, tokens = logits.shape[1], [None] * len(requests)
+    rows_of = lambda want: [i for i, r in enumerate(requests) if tokens[i] is None and want(r.sampling)]
+    pick = lambda rows: logits if len(rows) == len(requests) else logits[torch.tensor(rows, device=logits.device)]
+
+    def keep(rows, ids):
+        for i, token in zip(rows, ids.tolist()):
+            tokens[i] = token
+
+    if rows := rows_of(lambda s: s.greedy):
+        keep(rows, pick(rows).argmax(-1))
+    for k in (FEW, MANY, V):
+        if rows := rows_of(lambda s: 0 < s.top_k < V or s.top_p < 1 or s.min_p > 0 and k == FEW):
+            ids, decided = choose(pick(rows), [requests[i] for i in rows], min(k, V))
+            keep([i for i, d in zip(rows, decided) if d], ids[decided])
+    rows, every = rows_of(lambda s: True), torch.arange(V, device=logits.device)[None]
+    few = max(1, 2 ** 17 // V)                                               # rows at once that a CPU's cache holds
+    for part in (rows[i:i + few] for i in range(0, len(rows), few)):         # no order is needed among all tokens
+        chosen = [requests[i] for i in part]
+        scores = logits[torch.tensor(part, device=logits.device)] / temperatures(chosen, logits)
+        scores = scores.masked_fill(scores < floors(scores.amax(-1, keepdim=True), chosen), -torch.inf)
+        keep(part, (scores + noise(chosen, every)).argmax(-1))
+    take_back()
+    return tokens
+
+
+def choose(logits, rows, k):
+    """Draw among the k largest of each row → token ids [R], and [R] whether the k were enough to decide."""
+    V = logits.shape[1]
+    values, tokens = best(logits, k)
+    temperature, total = temperatures(rows, logits), None
+    if k < V and any(r.sampling.top_p < 1 and not r.sampling.top_k and not r.sampling.min_p for r in rows):
+        total = torch.tensor([[0.0 if r.sampling.top_p < 1 and not r.sampling.top_k and not r.sampling.min_p else
+                               torch.nan] for r in rows], device=logits.device)
+        total = total + (logits / temperature).logsumexp(-1, keepdim=True)   # NaN: not asked for
+    scores, decided = filtered(values / temperature, rows, k == V, total)
+    at = (scores + noise(rows, tokens)).argmax(-1, keepdim=True)
+    return tokens.gather(1, at)[:, 0], decided
+
+
+def temperatures(rows, like):
+    return torch.tensor([r.sampling.temperature for r in rows], device=like.device)[:, None]
+
+
+def noise(rows, tokens):
+    key = lambda values: torch.tensor(values, dtype=torch.int64, device=tokens.device)
+    return gumbel(key([_signed(r.seed) for r in rows]), key([r.choice for r in rows]), key([len(r.ids) for r in rows]),
+                  tokens)
 
 
 def _signed(seed):
@@ -139,7 +647,22 @@ def _signed(seed):
     return seed - 2 ** 64 if seed >= 2 ** 63 else seed
 
 
-# --- 2. Text: from tokens to what may be shown ------------------------------------------------------------------------
+def likeliest(logits, k):
+    """Of logits [R, V]: log probabilities and tokens of the k likeliest [R, k], and log Σ exp [R, 1]."""
+    total = torch.cat([few.logsumexp(-1, keepdim=True) for few in logits.split(4)])  # few: in a CPU's cache
+    values, tokens = best(logits, max(k, 1))
+    return values - total, tokens, total
+
+
+def log_probabilities(logits, tokens, counts, likely):
+    """A dict token → log probability for each row: as many of the likeliest as `counts` says, and the row's token."""
+    values, ids, total = likely
+    own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None]) - total
+    return [dict(zip(i[:k], v[:k])) | {token: mine} for i, v, k, token, (mine,)
+            in zip(ids.tolist(), values.tolist(), counts, tokens, own.tolist())]
+
+
+# --- 3. Text: from tokens to what may be shown ------------------------------------------------------------------------
 
 class Text:
     """The text of a growing token list. Bytes of an unfinished character wait; a stop string cuts before it begins."""
@@ -178,36 +701,29 @@ class Text:
         return piece
 
 
-# --- 3. Engine: requests, a runner over them, LLM ---------------------------------------------------------------------
+# --- 4. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
 
-@dataclass
 class Request:
-    """One text in the making: choice `choice` of a prompt."""
-    prompt: list
-    sampling: Sampling
-    seed: int
-    choice: int
-    limit: int                                                               # new tokens at most
-    out: Text
-    tokens: list = field(default_factory=list)
-    finish_reason: str | None = None
+    """One text in the making: choice `choice` of a prompt, up to `limit` new tokens. What a caller reads of it: .text,
+    .tokens, .finish_reason (None while it runs; stop, length, abort, error), .error, .logprobs, .prompt_logprobs,
+    .prompt_tokens, .cached_tokens.
+    """
+
+    def __init__(self, prompt, sampling, seed, choice, limit, out):
+        self.prompt, self.sampling, self.seed, self.choice, self.limit, self.out = (
+            prompt, sampling, seed, choice, limit, out)
+        self.ids, self.capacity = list(prompt), len(prompt) + limit          # all tokens so far, and at most
+        self.finish_reason = self.error = None
+        self.logprobs = None if sampling.logprobs is None else []
+        self.prompt_logprobs = None if sampling.prompt_logprobs is None else [None]
+        self.tally = Tally(prompt, limit, sampling.logit_bias or {}) if sampling.penalizes else None
+        # Of the schedule: blocks, keys of full ones, how many tokens are computed; whose block it waits for.
+        self.table, self.keys, self.computed, self.arrival = [], [], 0, 0
+        self.waits_for = self.cached_tokens = None
 
     @property
-    def position(self):
-        """Where the next token will stand."""
-        return len(self.prompt) + len(self.tokens)
-
-    def accept(self, token, eos_ids):
-        """Take the next token; sets finish_reason where it ends the text. The earliest event wins."""
-        self.tokens.append(token)
-        if token in eos_ids and not self.sampling.ignore_eos:
-            self.finish_reason = "stop"
-        elif self.out.push(token):
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason and self.out.close():
-            self.finish_reason = "stop"
+    def tokens(self):
+        return self.ids[len(self.prompt):]
 
     @property
     def text(self):
@@ -217,6 +733,160 @@ class Request:
     def prompt_tokens(self):
         return len(self.prompt)
 
+    @property
+    def position(self):
+        """Where the next token will stand."""
+        return len(self.ids)
+
+    @property
+    def left(self):
+        """Tokens that are yet to be computed: one when it is decoding."""
+        return len(self.ids) - self.computed
+
+    def accept(self, token, eos_ids):
+        """Take the next token; sets finish_reason where it ends the text. The earliest event wins."""
+        self.ids.append(token)
+        if self.tally:
+            self.tally.add(token)
+        if token in eos_ids and not self.sampling.ignore_eos:
+            self.finish_reason = "stop"
+        elif self.out.push(token):
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.capacity:
+            self.finish_reason = "length"
+        if self.finish_reason and self.out.close():
+            self.finish_reason = "stop"
+
+    def news(self):
+        """The text that became certain since the last call."""
+        return self.out.news(closed=self.finish_reason is not None)
+
+
+class Scheduler:
+    """Which tokens of which requests the next pass computes; first come, first served.
+
+    Lists are in order of arrival. A running request holds blocks for all its tokens; one that finds none for its next
+    token takes them from the youngest, which waits again and is computed anew later. The oldest is never set back, so
+    each request ends.
+    """
+
+    def __init__(self, blocks, cache, max_num_seqs, max_num_batched_tokens):
+        self.blocks, self.cache, self.most, self.budget = blocks, cache, max_num_seqs, max_num_batched_tokens
+        self.waiting, self.running = [], []
+        self.filling = {}                                                    # key → who computes that block now
+        self.arrivals = self.preemptions = 0
+
+    def add(self, r):
+        self.arrivals += 1
+        r.arrival = self.arrivals
+        self.waiting.append(r)
+
+    def plan(self):
+        """→ [(request, start, stop)]: tokens start … stop of each are computed in this pass."""
+        segments, budget = [], self.budget
+        for r in list(self.running):                                         # the next token of those that decode,
+            if r.table and r.left == 1 and budget and self.grow(r):
+                segments.append((r, r.computed, r.computed + 1))
+                budget -= 1
+        for r in self.running:                                               # more of the prompts begun,
+            if r.left > 1 and budget:
+                segments.append((r, r.computed, r.computed + min(r.left, budget)))
+                budget -= min(r.left, budget)
+        for r in list(self.waiting):                                         # and prompts that waited
+            if not budget or len(self.running) == self.most:
+                break
+            if r.waits_for in self.filling:
+                continue
+            found = self.find(r)
+            if r.waits_for in self.filling:                                  # a common start is computed once: others
+                continue                                                     # that have it let those behind them pass
+            if not self.admit(r, found):
+                break
+            segments.append((r, r.computed, r.computed + min(r.left, budget)))
+            budget -= min(r.left, budget)
+        return segments
+
+    def grow(self, r):
+        """A block for the next token where it needs one → whether it is still running."""
+        while r.computed == len(r.table) * self.blocks.size:
+            if len(self.blocks):
+                r.table += self.blocks.take(1)
+                break
+            self.preemptions += 1
+            youngest = self.running[-1]
+            self.leave(youngest)
+            bisect.insort(self.waiting, youngest, key=lambda r: r.arrival)
+            if youngest is r:
+                return False
+        return True
+
+    def key(self, r, i):
+        """The key of a request's full block i, and what it is made of: (key, parent, tokens)."""
+        size = self.blocks.size
+        tokens, parent = r.ids[i * size:(i + 1) * size], r.keys[i - 1] if i else b""
+        if i == len(r.keys):
+            r.keys.append(self.blocks.key(parent, tokens))
+        return r.keys[i], parent, tokens
+
+    def find(self, r):
+        """→ the blocks that hold the request's first tokens already. The last token is always left to compute."""
+        found, r.waits_for = [], None
+        if not self.blocks.caching or r.prompt_logprobs is not None and len(r.prompt_logprobs) < len(r.prompt):
+            return found
+        for i in range((len(r.ids) - 1) // self.blocks.size):
+            key, parent, tokens = self.key(r, i)
+            block = self.blocks.find(key, parent, tokens)
+            if block is None:
+                r.waits_for = key if key in self.filling else None
+                break
+            found.append(block)
+        return found
+
+    def admit(self, r, found):
+        """Give a waiting request its blocks and its memory → False where they are not there yet."""
+        size, blocks = self.blocks.size, self.blocks
+        need = -(-len(r.ids) // size) - len(found)
+        idle = sum(block.refs == 0 for block in found)
+        if need + idle + len(self.running) > len(blocks):                    # each that runs may soon want one more
+            return False
+        for block in found:
+            blocks.hold(block)
+        r.table, r.computed = found + blocks.take(need), len(found) * size
+        blocks.hits += len(found)
+        if r.cached_tokens is None:
+            r.cached_tokens = r.computed
+        self.waiting.remove(r)
+        bisect.insort(self.running, r, key=lambda r: r.arrival)
+        self.cache.open(r)
+        if blocks.caching:
+            for i in range(len(found), len(r.ids) // size):
+                self.filling.setdefault(self.key(r, i)[0], r)
+        return True
+
+    def advance(self, segments):
+        """The pass is done: its tokens are in the cache, and blocks that it filled can be found."""
+        size = self.blocks.size
+        for r, start, stop in segments:
+            r.computed = stop
+            for i in range(start // size, stop // size if self.blocks.caching else 0):
+                key, parent, tokens = self.key(r, i)
+                self.blocks.register(r.table[i], key, parent, tokens, self.cache.home(r))
+                if self.filling.get(key) is r:
+                    del self.filling[key]
+
+    def leave(self, r):
+        """A request stops running or waiting; its blocks and its memory are free at once."""
+        if r in self.waiting:
+            self.waiting.remove(r)
+        if r in self.running:
+            self.running.remove(r)
+            self.cache.close(r)
+            self.blocks.release(r.table)
+            for key in r.keys:
+                if self.filling.get(key) is r:
+                    del self.filling[key]
+            r.computed = 0
+
 
 class FewRows(torch.nn.Linear):
     """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
@@ -225,9 +895,10 @@ class FewRows(torch.nn.Linear):
     One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
     """
     packed = None
+    ROWS = 128                                                               # packed weights are quicker up to here
 
     def pack(self):
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)  # laid out for that many rows
 
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
@@ -235,9 +906,32 @@ class FewRows(torch.nn.Linear):
             if rows == 1 and x.device.type == "cpu":
                 y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
                 return y if self.bias is None else y + self.bias
-        elif self.packed is not None and rows <= 32:
+        elif self.packed is not None and rows <= self.ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+
+def pieces(segments, most):
+    """Cut (request, start, stop)s, in their order, into lists of up to `most` tokens."""
+    piece, room = [], most
+    for r, start, stop in segments:
+        while start < stop:
+            count = min(stop - start, room)
+            piece.append((r, start, start + count))
+            start, room = start + count, room - count
+            if not room:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
+
+
+def memory_of(device):
+    """Bytes of memory that a cache may count on: half of what a GPU has left, a quarter of what a computer has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2 ** 33) // 4
 
 
 @torch.no_grad()
@@ -251,8 +945,7 @@ def quicken(model):
         layer.__class__ = FewRows
     head = model.head
     plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2 ** 33
-    room = 4 * sum(w.numel() for w in model.parameters()) < memory / 4
+    room = 4 * sum(w.numel() for w in model.parameters()) < memory_of(head.weight.device)
     if not plain or not room or not torch.backends.mkldnn.is_available():
         return model
     head.pack()
@@ -269,174 +962,249 @@ def quicken(model):
     return model
 
 
-class Slab:
-    """A `KVCache` of fixed shape, for a compiled step: the position is a tensor, the mask says how far it is filled."""
-
-    def __init__(self, k, v, position):
-        self.k, self.v, self.position = k, v, position
-
-    def attend(self, q, k, v, attention, window=None):
-        self.k.index_copy_(2, self.position, k)
-        self.v.index_copy_(2, self.position, v)
-        at = torch.arange(self.k.shape[2], device=k.device)
-        seen = at <= self.position if window is None else (at <= self.position) & (at > self.position - window)
-        (B, H, _, D), G = q.shape, k.shape[1]
-        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.k, self.v,
-                                           attn_mask=seen.expand(H // G, -1))
-        return y.reshape(B, H, 1, D)
-
-
 class Step(torch.nn.Module):
     """One decode step as a module of its own, so that the compiler may take the weights for constants and pack them."""
 
-    def __init__(self, model):
+    def __init__(self, model, states):
         super().__init__()
-        self.model = model
+        self.model, self.states = model, states
 
-    def forward(self, tokens, position, slabs):
-        """tokens [B, 1], position [1], slabs [(k, v)] of `KVCache` → logits [B, V]."""
-        states = [Slab(k, v, position) for k, v in slabs]
-        return self.model.head(self.model.hidden(tokens, position, states)[:, -1])
-
-
-class Runner:
-    """The model and the states of sequences in step: prefill a prompt in chunks, then one token for each row a step.
-
-    compiled: decode steps run as one graph that torch.compile makes for this shape; it takes most of a minute, so only
-    benchmarks and servers ask for it.
-    """
-
-    CHUNK = 1024
-
-    def __init__(self, model, B, capacity, compiled=False):
-        self.model, self.states, self.position = model, model.new_states(B, capacity), 0
-        self.step = None
-        if compiled:
-            try:
-                self.step = self._compile(B)
-            except Exception as error:                                       # a broken compiler, a shape without kernel
-                print(f"torch.compile does not work here ({type(error).__name__}); going on without it",
-                      file=sys.stderr)
-
-    @torch.no_grad()
-    def _compile(self, B):
-        """A decode step for B rows as one compiled graph. Compiled at once: the settings count while it is traced."""
-        import torch._inductor.config as inductor
-        device = self.model.embed.weight.device
-        packed = B > 1 and device.type == "cpu"                              # several rows: weights laid out for them
-        settings = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP") if packed else {}
-        step = torch.compile(Step(self.model), dynamic=False, fullgraph=True)
-        with inductor.patch(**settings):
-            step(torch.zeros(B, 1, dtype=torch.int64, device=device),
-                 torch.zeros(1, dtype=torch.int64, device=device), self.slabs())
-        return step
-
-    def slabs(self):
-        return [(state.k, state.v) for state in self.states]
-
-    @torch.no_grad()
-    def forward(self, tokens):
-        """tokens [B, T], the next T of each row → logits after the last [B, V]."""
-        T = tokens.shape[1]
-        if T == 1 and self.step is not None:
-            logits = self.step(tokens, torch.tensor([self.position], device=tokens.device), self.slabs())
-            self.position += 1
-            for state in self.states:
-                state.length = self.position
-            return logits
-        for chunk in tokens.split(self.CHUNK, dim=1):
-            positions = torch.arange(self.position, self.position + chunk.shape[1], device=tokens.device)
-            hidden = self.model.hidden(chunk, positions, self.states)
-            self.position += chunk.shape[1]
-        return self.model.head(hidden[:, -1])
-
-    def restart(self):
-        """Forget all tokens, keep the memory and what was compiled."""
-        self.position = 0
-        for state in self.states:
-            state.length = 0
-
-    def repeat(self, n):
-        """Turn the one row of the states into n alike: the choices of a prompt share its prefill."""
-        for state in self.states:
-            state.repeat(n)
+    def forward(self, tokens, positions, *places):
+        """tokens, positions [B, T]; places: what the cache's `states` takes → logits [B · T, V]."""
+        hidden = self.model.hidden(tokens, positions, self.states(*places))
+        return self.model.head(hidden).flatten(0, 1)
 
 
 class LLM:
-    """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made."""
+    """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made.
 
-    def __init__(self, folder, device=None, dtype=None, compile=False):
-        self.folder, self.compile = Path(folder), compile
+    kv_cache_dtype      "int8": keys and values in a quarter of the memory; None: as the weights
+    block_size          tokens a block of the cache
+    num_blocks          blocks in all; None: as many as a part of the memory holds, or all sequences could ever use
+    max_num_seqs        sequences that run at once
+    max_num_batched_tokens   tokens that one pass computes; a longer prompt is computed in chunks
+    prefix_caching      prompts take over what earlier ones with the same beginning have computed
+    device, dtype       as in `train.load`
+    compile             decode steps as compiled graphs; None: on GPUs. On a CPU max_num_seqs in step, and not with int8
+                        or prefix_caching: for benchmarks
+
+    Below `generate` stand `requests` (checks), `add`, `step` and `abort`: what a server runs on.
+    """
+
+    def __init__(self, folder, device=None, dtype=None, kv_cache_dtype=None, block_size=16, num_blocks=None,
+                 max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, compile=None):
+        for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
+                            ("max_num_batched_tokens", max_num_batched_tokens)):
+            if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number from 1")
+        if kv_cache_dtype not in (None, "int8"):
+            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
+        self.folder = Path(folder)
         self.model, self.tokenizer = load(folder, device, dtype)
-        self.weights = (sum(w.numel() for w in self.model.parameters())
-                        - (0 if self.model.config.tied else self.model.embed.weight.numel()))
+        c, weight = self.model.config, self.model.embed.weight
+        self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
         quicken(self.model)
-        self.context = self.model.config.context
-        self.eos_ids = set(self.tokenizer.eos_ids)
-        self.no_text = None                                                  # ids that no token has: never sampled
-        if self.tokenizer.vocab_size < self.model.config.vocab:
-            ids = torch.arange(self.model.config.vocab, device=self.model.embed.weight.device)
-            self.no_text = ids >= self.tokenizer.vocab_size
+        self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
+        there = set(self.tokenizer.library.get_vocab(with_added_tokens=True).values())
+        self.no_text = torch.tensor([i for i in range(c.vocab) if i not in there], device=weight.device)
+        self.token_bytes = 2 * len(self.model.blocks) * c.kv_heads * (
+            c.head_dim + 4 if int8 else c.head_dim * weight.element_size())
+        if num_blocks is None:
+            num_blocks = max(1, min(memory_of(weight.device) // (self.token_bytes * block_size),
+                                    max_num_seqs * -(-self.context // block_size)))
+        self.blocks = Blocks(num_blocks, block_size, prefix_caching)
+        gpu = weight.device.type == "cuda"
+        if compile is None:
+            compile = gpu and train.compiler_there()
+        self.cache = (Pages(self.model, self.blocks, int8) if gpu else
+                      Rows(self.model, self.blocks, max_num_seqs) if compile and not int8 and not prefix_caching else
+                      Slabs(self.model, self.blocks, int8))
+        self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → compiled decode step
+        self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
 
     def requests(self, prompt, sampling, index=0):
         """A prompt (text or token ids) and its settings, checked → n requests. ValueError names what does not fit."""
         try:
-            sampling.check()
+            V = self.model.config.vocab
+            sampling.check(V)
+            if not isinstance(prompt, str) and not all(isinstance(i, (int, np.integer)) for i in prompt):
+                raise ValueError("the prompt must be text or token ids, whole numbers")
             ids = [int(i) for i in prompt] if not isinstance(prompt, str) else (
                 self.tokenizer.start_ids + self.tokenizer.encode(prompt))
             if not ids:
                 raise ValueError("the prompt is empty: give at least one token")
-            V = self.model.config.vocab
             if bad := [i for i in ids if not 0 <= i < V]:
-                raise ValueError(f"token {bad[0]} is outside 0 … {V - 1}")
-            room = self.context - len(ids)
-            if room < (sampling.max_tokens or 1):
-                raise ValueError(f"prompt ({len(ids)} tokens) and max_tokens ({sampling.max_tokens or 1}) "
-                                 f"exceed the context of {self.context}")
+                raise ValueError(f"token {bad[0]} of the prompt is outside 0 … {V - 1}")
+            new, pool = sampling.max_tokens or 1, self.blocks.total * self.blocks.size
+            for room, where in ((self.context, f"the context of {self.context}"),
+                                (pool, f"the cache of {self.blocks.total} blocks of {self.blocks.size}")):
+                if len(ids) + new > room:
+                    raise ValueError(f"the prompt ({len(ids)} tokens) and max_tokens ({new}) exceed {where}")
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return [Request(ids, sampling, seed, i, sampling.max_tokens or min(room, 128),
-                        Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        limit = sampling.max_tokens or min(self.context - len(ids), pool - len(ids), 128)
+        return [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+
+    def add(self, prompt, **sampling):
+        """Take in a prompt → its n requests, which the next steps work on. ValueError as in `generate`."""
+        requests = self.requests(prompt, Sampling(**sampling))
+        for r in requests:
+            self.scheduler.add(r)
+        return requests
+
+    def abort(self, request):
+        """End a request now; its blocks are free at once."""
+        if request.finish_reason is None:
+            self.scheduler.leave(request)
+            request.finish_reason = "abort"
+
+    @torch.no_grad()
+    def step(self):
+        """One pass over the weights → the requests that got a token or ended with it."""
+        segments = self.scheduler.plan()
+        if not segments:
+            return []
+        ready = [r for r, _, stop in segments if stop == len(r.ids)]         # only a computed last token has a next one
+        logits = self.forward(segments)
+        self.scheduler.advance(segments)
+        if ready:
+            self.draw(logits, ready)
+        for r in ready:
+            if r.finish_reason:
+                self.scheduler.leave(r)
+        return ready
+
+    def forward(self, segments):
+        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens."""
+        decode = all(stop == len(r.ids) and r.left == 1 for r, _, stop in segments)
+        if self.graphs is not None and decode and (shape := self.cache.shape(segments)):
+            return self.compiled(segments, shape)
+        hidden = self.hidden(segments)
+        begin = 0
+        for r, start, stop in segments:
+            if r.prompt_logprobs is not None and start < len(r.prompt):
+                self.score_prompt(r, hidden[begin:begin + stop - start], start)
+            begin += stop - start
+        ends = np.cumsum([stop - start for _, start, stop in segments]) - 1
+        rows = [end for end, (r, _, stop) in zip(ends, segments) if stop == len(r.ids)]
+        return self.model.head(hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]).float()
+
+    PASS = 512                                                               # tokens whose numbers a CPU's cache holds
+
+    def hidden(self, segments):
+        """Compute (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces."""
+        device = self.model.embed.weight.device
+        if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > self.PASS:
+            return torch.cat([self.hidden(piece) for piece in pieces(segments, self.PASS)])
+        tokens = torch.tensor([[token for r, start, stop in segments for token in r.ids[start:stop]]], device=device)
+        positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
+        return self.model.hidden(tokens, positions, self.cache.states(segments))[0]
+
+    def read(self, ids):
+        """A text's tokens, computed in chunks through a cache of its own → what the head reads after each [T, C]."""
+        r, chunk = Request(ids, Sampling(), 0, 0, 0, None), self.scheduler.budget
+        r.table = self.blocks.take(-(-len(ids) // self.blocks.size))
+        self.cache.open(r)
+        try:
+            return torch.cat([self.hidden([(r, i, min(i + chunk, len(ids)))]) for i in range(0, len(ids), chunk)])
+        finally:
+            self.cache.close(r)
+            self.blocks.release(r.table)
+
+    def compiled(self, segments, shape):
+        """A decode step as a graph of fixed shape, made when that shape first comes up."""
+        order, tokens, positions, places = self.cache.inputs(segments, shape)
+        try:
+            if shape not in self.graphs:
+                self.graphs[shape] = self.graph(tokens, positions, places)
+            return self.graphs[shape](tokens, positions, *places)[order].float()
+        except Exception as error:                                           # a broken compiler, a shape without kernel
+            print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+            self.graphs = None
+            return self.forward(segments)
+
+    def graph(self, tokens, positions, places):
+        """Compile a decode step; run at once, as the settings count while it is traced."""
+        import torch._inductor.config as inductor
+        gpu, several = tokens.is_cuda, tokens.numel() > 1
+        if gpu:
+            for part in self.cache.data:                                     # stays put: a CUDA graph may write there
+                torch._dynamo.mark_static_address(part)
+        settings = {} if gpu or not several else dict(freezing=True, max_autotune=True,  # weights laid out for the rows
+                                                      max_autotune_gemm_backends="CPP")
+        step = torch.compile(Step(self.model, self.cache.graph), dynamic=False, fullgraph=True,
+                             **dict(mode="reduce-overhead") if gpu else {})
+        with inductor.patch(**settings):
+            step(tokens, positions, *places)
+        return step
+
+    def score_prompt(self, r, hidden, start):
+        """Log probabilities of a prompt's tokens, those after start, start + 1, …, as far as they are not known yet."""
+        first, last = len(r.prompt_logprobs), min(start + len(hidden), len(r.prompt) - 1)
+        for i in range(max(first - 1, start), last, 64):
+            targets = r.prompt[i + 1:min(i + 64, last) + 1]
+            logits = self.model.head(hidden[i - start:i - start + len(targets)]).float()
+            k = r.sampling.prompt_logprobs
+            r.prompt_logprobs += log_probabilities(logits, targets, [k] * len(targets), likeliest(logits, k))
+
+    def draw(self, logits, requests):
+        """Sample the next token of each request from its row of logits [R, V]."""
+        finite = torch.isfinite(logits.sum(-1)).tolist()
+        if not all(finite):
+            for r, fine in zip(requests, finite):
+                if not fine:
+                    r.finish_reason = "error"
+                    r.error = "the model's logits are not finite: its weights are broken, or dtype float32 is needed"
+            requests, logits = [r for r, fine in zip(requests, finite) if fine], logits[torch.tensor(finite)]
+            if not requests:
+                return
+        told = [i for i, r in enumerate(requests) if r.logprobs is not None]
+        rows_told = lambda: logits if len(told) == len(requests) else logits[torch.tensor(told, device=logits.device)]
+        if told:                                                             # of the raw logits
+            counts = [requests[i].sampling.logprobs for i in told]
+            likely = likeliest(rows_told(), max(counts))
+        if len(self.no_text):
+            logits.index_fill_(1, self.no_text, -torch.inf)
+        tokens = sample(logits, requests)
+        for r, token in zip(requests, tokens):
+            r.accept(token, self.eos_ids)
+        if told:
+            for i, known in zip(told, log_probabilities(rows_told(), [tokens[i] for i in told], counts, likely)):
+                requests[i].logprobs.append(known)
 
     def run(self, requests):
-        """Generate for requests of one and the same prompt, yielding after each token: the state is in the requests."""
-        device = self.model.embed.weight.device
-        prompt = requests[0].prompt
-        runner = Runner(self.model, 1, len(prompt) + requests[0].limit)
-        logits = runner.forward(torch.tensor([prompt], device=device))
-        if len(requests) > 1:
-            runner.repeat(len(requests))
-            logits = logits.repeat(len(requests), 1)
-        while True:
-            if self.no_text is not None:
-                logits = logits.masked_fill(self.no_text, -torch.inf)
-            tokens = sample(logits, requests)
-            for request, token in zip(requests, tokens.tolist()):
-                if request.finish_reason is None:
-                    request.accept(token, self.eos_ids)
-            yield
-            if all(r.finish_reason for r in requests):
-                return
-            logits = runner.forward(tokens[:, None])
+        """Generate for checked requests, yielding after each step: what is new is in them. Ends them if it is left."""
+        for r in requests:
+            self.scheduler.add(r)
+        try:
+            while any(r.finish_reason is None for r in requests):
+                self.step()
+                yield
+        finally:
+            for r in requests:
+                self.abort(r)
 
     def stream(self, prompt, **sampling):
         """Yield pieces of text as they are certain; joined they are what `generate` returns."""
-        (request,) = self.requests(prompt, Sampling(**sampling))
-        for _ in self.run([request]):
-            if piece := request.out.news(closed=request.finish_reason is not None):
+        requests = self.requests(prompt, Sampling(**sampling))
+        if len(requests) > 1:
+            raise ValueError(f"n is {len(requests)}: a stream is of one text")
+        for _ in self.run(requests):
+            if piece := requests[0].news():
                 yield piece
 
     def generate(self, prompts, **sampling):
         """prompts: a str, a list of token ids, or a list of those → a list of finished requests, one a prompt
-        (a list of n inside where n > 1), with .text, .tokens, .finish_reason, .prompt_tokens.
+        (a list of n inside where n > 1); see `Request`.
 
         Settings: see `Sampling`; each one value or a list of one a prompt (a list of strings is one `stop`). All are
-        checked before any runs: ValueError names the prompt and the argument.
+        checked before any runs: ValueError names the prompt and the argument. Where a model's logits are not finite its
+        request ends with finish_reason "error" and the reason in .error.
         """
-        if isinstance(prompts, str) or prompts and all(isinstance(i, int) for i in prompts):
+        if isinstance(prompts, str) or len(prompts) and all(isinstance(i, (int, np.integer)) for i in prompts):
             prompts = [prompts]
-        waiting = []
+        every, errors = [], {}
         for i, prompt in enumerate(prompts):
             own = {}
             for name, value in sampling.items():
@@ -445,21 +1213,33 @@ class LLM:
                 if several and len(value) != len(prompts):
                     raise ValueError(f"{name} has {len(value)} values for {len(prompts)} prompts")
                 own[name] = value[i] if several else value
-            waiting.append(self.requests(prompt, Sampling(**own), i))
-        for requests in waiting:
-            for _ in self.run(requests):
-                pass
-        return [requests if len(requests) > 1 else requests[0] for requests in waiting]
+            try:
+                every.append(self.requests(prompt, Sampling(**own), i))
+            except ValueError as error:
+                errors[i] = error
+        if errors:
+            first, *others = errors
+            raise ValueError(f"{errors[first]}" + (f" (refused too: prompt {', '.join(map(str, others))})"
+                                                   if others else ""))
+        for _ in self.run([r for requests in every for r in requests]):
+            pass
+        return [requests if len(requests) > 1 else requests[0] for requests in every]
+
+    def stats(self):
+        """Counts since the start, and what runs and is free now → dict. Known blocks that no request holds are free."""
+        s = self.scheduler
+        return dict(draft_tokens=0, accepted_tokens=0, preemptions=s.preemptions, prefix_hits=self.blocks.hits,
+                    running=len(s.running), waiting=len(s.waiting),
+                    free_blocks=len(self.blocks), total_blocks=self.blocks.total)
 
 
 def bound(llm, machine, batch, context):
     """Decode tokens/s that memory allows: each step reads all weights that multiply, and each row's keys and values."""
-    c, size = llm.model.config, llm.model.embed.weight.element_size()
-    cache = 2 * len(llm.model.blocks) * c.kv_heads * c.head_dim * context
-    return batch * machine.bandwidth / (size * (llm.weights + batch * cache))
+    size = llm.model.embed.weight.element_size()
+    return batch * machine.bandwidth / (size * llm.weights + batch * context * llm.token_bytes)
 
 
-# --- 4. Chat templates and scores -------------------------------------------------------------------------------------
+# --- 5. Chat templates and scores -------------------------------------------------------------------------------------
 
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
@@ -515,7 +1295,7 @@ def chat_ids(tokenizer, template, messages):
     return ids
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(llm, text, overlap=0.5):
     """How well a model predicts a text → dict(tokens, bytes, nats_per_token, bits_per_byte).
 
@@ -528,39 +1308,40 @@ def score(llm, text, overlap=0.5):
     if len(ids) <= first:
         raise UserError("the text to score has fewer than two tokens")
     lengths = [len(llm.tokenizer.token_bytes(i)) for i in ids]
-    context, stride = llm.context, max(1, int(llm.context * (1 - overlap)))
+    context = min(llm.context, llm.blocks.total * llm.blocks.size)
+    stride = max(1, int(context * (1 - overlap)))
     device, done, nats = llm.model.embed.weight.device, first, 0.0
     while done < len(ids):
         begin = max(0, min(done - 1, done - context + stride) if done > first else 0)
-        window = torch.tensor(ids[begin:begin + context + 1], device=device)
+        window = ids[begin:begin + context + 1]
         fresh = begin + len(window) - done                                   # tokens not scored before
-        x, y = window[:-1], window[1:].clone()
+        y = torch.tensor(window[1:], device=device)
         y[:len(y) - fresh] = -100
-        hidden = llm.model.hidden(x[None])[0]
-        nats += train.linear_cross_entropy(hidden, llm.model.head.weight, y).item() * fresh
+        nats += train.linear_cross_entropy(llm.read(window[:-1]), llm.model.head.weight, y).item() * fresh
         done += fresh
     count, size = len(ids) - first, sum(lengths[first:])
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
+# --- 6. Benchmarks ----------------------------------------------------------------------------------------------------
+
+def random_request(llm, rng, prompt_tokens, new_tokens):
+    """A greedy request of random tokens that runs to its length."""
+    prompt = rng.integers(0, llm.tokenizer.vocab_size, prompt_tokens).tolist()
+    return Request(prompt, Sampling(temperature=0.0, ignore_eos=True), 0, 0, new_tokens, Text(llm.tokenizer))
+
+
 def bench(llm, machine, batch, prompt_tokens, new_tokens):
-    """Time prefill and decode on random tokens, the median of three → the --bench record."""
-    rng = np.random.default_rng(0)
-    tokens = torch.tensor(rng.integers(0, llm.tokenizer.vocab_size, (batch, prompt_tokens)),
-                          device=llm.model.embed.weight.device)
-    prefill, decode = [], []
-    runner = Runner(llm.model, batch, prompt_tokens + new_tokens, compiled=llm.compile)
+    """Time prefill and decode of random tokens through the engine, the median of three → the --bench record."""
+    rng, prefill, decode = np.random.default_rng(0), [], []
     for _ in range(4):                                                       # the first compiles and warms up
-        runner.restart()
-        t = time.perf_counter()
-        token = runner.forward(tokens).argmax(-1)
-        token[0].item()                                                      # waits for a GPU
-        prefill.append(time.perf_counter() - t)
-        t = time.perf_counter()
-        for _ in range(new_tokens):
-            token = runner.forward(token[:, None]).argmax(-1)
-        token[0].item()
-        decode.append(time.perf_counter() - t)
+        requests = [random_request(llm, rng, prompt_tokens, new_tokens + 1) for _ in range(batch)]
+        start, first = time.perf_counter(), None
+        for _ in llm.run(requests):
+            if first is None and all(len(r.ids) > prompt_tokens for r in requests):
+                first = time.perf_counter()
+        prefill.append(first - start)
+        decode.append(time.perf_counter() - first)
     limit = bound(llm, machine, batch, prompt_tokens + new_tokens / 2)
     median = lambda times: sorted(times[1:])[1]
     speed = batch * new_tokens / median(decode)
@@ -569,7 +1350,42 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
                 bound_tokens_per_second=limit, bound_share=speed / limit)
 
 
-# --- 5. The command line ----------------------------------------------------------------------------------------------
+def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50, 300)):
+    """Time `count` requests of mixed lengths, all sent at once → the --bench-serving record. Lengths are drawn with
+    seed 0 and shrink in proportion where the context is short.
+
+    bound: the larger of two times, that of all products at the machine's matmul peak, and that of reading the weights
+    once for each token of the longest text and the cache once for each new token.
+    """
+    rng, shrink = np.random.default_rng(0), min(1.0, llm.context / (prompt_tokens[1] + new_tokens[1]))
+    draw = lambda low, high: int(rng.integers(max(1, int(low * shrink)), max(1, int(high * shrink)) + 1))
+    for _ in llm.run([random_request(llm, rng, 8, 2)]):                      # warms up
+        pass
+    requests = [random_request(llm, rng, draw(*prompt_tokens), draw(*new_tokens)) for _ in range(count)]
+    times, use, preemptions = {r: [] for r in requests}, 0.0, llm.scheduler.preemptions
+    start = time.perf_counter()
+    for _ in llm.run(requests):
+        now = time.perf_counter()
+        use = max(use, 1 - len(llm.blocks) / llm.blocks.total)
+        for r, seen in times.items():
+            seen += [now] * (len(r.ids) - len(r.prompt) - len(seen))
+    seconds = now - start
+    first, between = [t[0] - start for t in times.values()], [b - a for t in times.values() for a, b in zip(t, t[1:])]
+    read, made = sum(len(r.prompt) for r in requests), sum(len(t) for t in times.values())
+    head, size = llm.model.head.weight.numel(), llm.model.embed.weight.element_size()
+    products = 2 * ((llm.weights - head) * (read + made) + head * made) / machine.flops[llm.model.embed.weight.dtype]
+    reads = (max(r.limit for r in requests) * llm.weights * size
+             + sum(r.limit * (len(r.prompt) + r.limit / 2) for r in requests) * llm.token_bytes) / machine.bandwidth
+    percent = lambda values, q: float(np.percentile(values, q)) if values else 0.0
+    return dict(requests=count, prompt_tokens=read, new_tokens=made, seconds=seconds, tokens_per_second=made / seconds,
+                first_token_seconds_median=percent(first, 50), first_token_seconds_p99=percent(first, 99),
+                between_tokens_seconds_median=percent(between, 50), between_tokens_seconds_p99=percent(between, 99),
+                cache_use=use, preemptions=llm.scheduler.preemptions - preemptions,
+                bound_tokens_per_second=made / max(products, reads),
+                bound_share=max(products, reads) / seconds)
+
+
+# --- 7. The command line ----------------------------------------------------------------------------------------------
 
 def arguments():
     """The command line, as a parser."""
@@ -586,18 +1402,33 @@ def arguments():
                    help="only tokens at least this share as likely as the likeliest (%(default)s)")
     p.add_argument("--repetition-penalty", type=float, default=1.0,
                    help="above 1, tokens that are there already get rarer")
+    p.add_argument("--presence-penalty", type=float, default=0.0, help="taken from tokens that the text already has")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, as often as the text has them")
+    p.add_argument("--logit-bias", type=json.loads, metavar="JSON", help='added to logits: \'{"token id": number}\'')
     p.add_argument("--seed", type=int, help="the same text again (a new one each time)")
     p.add_argument("--stop", action="append", help="end before this text; may be given several times")
     p.add_argument("--n", type=int, default=1, help="that many continuations")
     p.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    p.add_argument("--logprobs", type=int, metavar="K", help="log probabilities of each token and the K likeliest")
+    p.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of weights and cache (float32 on a CPU, else the folder's)")
+    p.add_argument("--kv-cache-dtype", choices=["int8"], help="of keys and values (as the weights)")
+    p.add_argument("--block-size", type=positive(int), default=16, help="tokens a block of the cache (%(default)s)")
+    p.add_argument("--num-blocks", type=positive(int), help="blocks of the cache (what a part of the memory holds)")
+    p.add_argument("--max-num-seqs", type=positive(int), default=64, help="sequences at once (%(default)s)")
+    p.add_argument("--max-num-batched-tokens", type=positive(int), default=2048,
+                   help="tokens a pass; longer prompts go in chunks (%(default)s)")
+    p.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+                   help="take over what an earlier prompt with the same beginning has computed")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
+    p.add_argument("--bench-serving", action="store_true", help="time requests of mixed lengths, sent all at once")
+    p.add_argument("--requests", type=positive(int), default=32, help="for --bench-serving (%(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="compile the decode step, for --bench (where a compiler is there)")
+                   help="compile decode steps (--bench does where a compiler is there, GPUs always)")
     p.add_argument("--batch", type=positive(int), default=1, help="sequences at once, for --bench")
     p.add_argument("--prompt-tokens", type=positive(int), default=32, help="for --bench")
     p.add_argument("--new-tokens", type=positive(int), default=64, help="for --bench")
@@ -616,25 +1447,30 @@ def complete(llm, machine, prompt, sampling, as_json):
     t, first, last = time.perf_counter(), None, None
     for _ in llm.run(requests):
         last = time.perf_counter()
-        first = first or last
+        first = first or (last if all(r.tokens for r in requests) else None)
         if len(requests) == 1 and not as_json:
-            show(requests[0].out.news(closed=requests[0].finish_reason is not None))
+            show(requests[0].news())
+    if failed := next((r.error for r in requests if r.error), None):
+        raise UserError(failed)
     generated, prompt_tokens = sum(len(r.tokens) for r in requests), len(requests[0].prompt)
     steps = max(len(r.tokens) for r in requests) - 1
     speed = dict(prefill=prompt_tokens / (first - t), decode=len(requests) * steps / (last - first) if steps else 0.0)
     if as_json:
         for r in requests:
+            told = {name: getattr(r, name) for name in ("logprobs", "prompt_logprobs") if getattr(r, name) is not None}
             show(json.dumps(dict(prompt=prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt),
                                  text=r.text, tokens=r.tokens, finish_reason=r.finish_reason,
                                  prompt_tokens=prompt_tokens, generated_tokens=len(r.tokens),
                                  prefill_tokens_per_second=speed["prefill"],
-                                 decode_tokens_per_second=speed["decode"])), end="\n")
+                                 decode_tokens_per_second=speed["decode"], **told)), end="\n")
     elif len(requests) > 1:
         for i, r in enumerate(requests):
             print(f"--- {i + 1} of {len(requests)}", file=sys.stderr, flush=True)
             show(r.text, end="\n")
+            tell(llm, r)
     else:
         show("", end="\n")
+        tell(llm, requests[0])
     line = f"prompt {prompt_tokens} tokens at {speed['prefill']:,.0f}/s"
     if steps:
         limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
@@ -642,6 +1478,14 @@ def complete(llm, machine, prompt, sampling, as_json):
                  f"{speed['decode'] / limit:.0%} of what the memory allows")
     print(line, file=sys.stderr)
     return requests
+
+
+def tell(llm, r):
+    """The log probabilities that a request was asked for, a token a line, on standard error."""
+    for tokens, logprobs in ((r.prompt, r.prompt_logprobs), (r.tokens, r.logprobs)):
+        for token, likely in zip(tokens, logprobs or []):
+            print(f"{llm.tokenizer.decode([token])!r:20}", *(f"{llm.tokenizer.decode([i])!r} {p:.3f}"
+                                                             for i, p in (likely or {}).items()), file=sys.stderr)
 
 
 def prompt_loop(llm, machine, sampling):
@@ -678,14 +1522,19 @@ def main(argv=None):
     """Generate, score or time by command-line flags → exit code."""
     try:
         args = arguments().parse_args(argv)
-        sampling = Sampling(**{k: getattr(args, k) for k in ("max_tokens", "temperature", "top_k", "top_p", "min_p",
-                                                             "repetition_penalty", "seed", "stop", "n", "ignore_eos")})
-        sampling.check()
-        if args.bench and args.score or (args.bench or args.score) and args.prompt is not None:
-            raise UserError("a prompt, --score and --bench: give one of them")
+        sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
+        if sum([bool(args.score), args.bench, args.bench_serving, args.prompt is not None]) > 1:
+            raise UserError("a prompt, --score, --bench and --bench-serving: give one of them")
         text = train.read_text(args.score) if args.score else None
-        llm = LLM(args.model, args.device, args.dtype,
-                  compile=args.bench and args.compile is not False and train.compiler_there())
+        options = {k: getattr(args, k) for k in ("device", "dtype", "kv_cache_dtype", "block_size", "num_blocks",
+                                                 "max_num_seqs", "max_num_batched_tokens", "prefix_caching", "compile")}
+        if args.bench:                                                       # all of the batch in step
+            room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
+            options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
+                            max_num_batched_tokens=max(args.max_num_batched_tokens, args.batch * args.prompt_tokens),
+                            compile=args.compile is not False and train.compiler_there())
+        llm = LLM(args.model, **options)
+        sampling.check(llm.model.config.vocab)
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
             result = score(llm, text)
@@ -701,6 +1550,16 @@ def main(argv=None):
                  f"batch {r['batch']}: prefill {r['prefill_tokens_per_second']:,.0f} tokens/s, "
                  f"decode {r['decode_tokens_per_second']:,.1f} tokens/s, "
                  f"{r['bound_share']:.0%} of the memory bound ({r['bound_tokens_per_second']:,.1f})", end="\n")
+        elif args.bench_serving:
+            r = bench_serving(llm, machine(), args.requests)
+            show(json.dumps(r) if args.json else
+                 f"{r['requests']} requests, {r['prompt_tokens']:,} tokens in, {r['new_tokens']:,} out: "
+                 f"{r['tokens_per_second']:,.1f} tokens/s, {r['bound_share']:.0%} of the bound "
+                 f"({r['bound_tokens_per_second']:,.0f})\n"
+                 f"first token {r['first_token_seconds_median']:.2f} s (99th {r['first_token_seconds_p99']:.2f}), "
+                 f"between tokens {1000 * r['between_tokens_seconds_median']:.0f} ms "
+                 f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
+                 f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
         elif args.prompt is None and sys.stdin.isatty():
             prompt_loop(llm, machine, sampling)
         else:

@@ -1361,22 +1361,22 @@ def requests_of(*settings_, prompt=(1, 2, 3), seed=0):
 
 
 def draws(logits, n=20_000, **setting):
-    """Frequencies of the sampled token over n positions."""
-    row = infer.Request([0], infer.Sampling(**setting), 7, 0, n, None)
-    rows = [infer.Request([0] * (i + 1), row.sampling, 7, 0, n, None) for i in range(n)]
-    tokens = infer.sample(logits.expand(n, -1), rows)
+    """Frequencies of the sampled token over n choices."""
+    rows = [infer.Request([0], infer.Sampling(**setting), 7, i, n, None) for i in range(n)]
+    tokens = torch.tensor(infer.sample(logits.repeat(n, 1), rows))
     return torch.bincount(tokens, minlength=len(logits)).double() / n
 
 
 def test_gumbel_noise_is_uniform_underneath_and_keyed_by_all_four():
     z = lambda *x: torch.tensor(x)
-    g = infer.gumbel(z(5), z(0), z(9), 100_000)[0].double()
+    gumbel = lambda seeds, choices, positions, V: infer.gumbel(seeds, choices, positions, torch.arange(V)[None])
+    g = gumbel(z(5), z(0), z(9), 100_000)[0].double()
     u = torch.exp(-torch.exp(-g)).sort().values
     bound = 1.95 / math.sqrt(100_000)                                        # Kolmogorov–Smirnov, p = 0.001
     assert (u - (torch.arange(100_000) + 0.5) / 100_000).abs().max() < bound
-    rows = infer.gumbel(z(5, 6, 5, 5, 5), z(0, 0, 1, 0, 0), z(9, 9, 9, 10, 9), 50)
+    rows = gumbel(z(5, 6, 5, 5, 5), z(0, 0, 1, 0, 0), z(9, 9, 9, 10, 9), 50)
     assert (rows[0] == rows[4]).all() and len({tuple(r.tolist()) for r in rows}) == 4
-    many = torch.stack([infer.gumbel(z(s), z(0), z(p), 40)[0] for s in range(30) for p in range(30)]).double()
+    many = torch.stack([gumbel(z(s), z(0), z(p), 40)[0] for s in range(30) for p in range(30)]).double()
     correlation = torch.corrcoef(many.T) - torch.eye(40)
     assert correlation.abs().max() < 0.2                                     # independent tokens: 900 samples, 6 sigma
     lag = torch.corrcoef(torch.stack([many[:-1].flatten(), many[1:].flatten()]))[0, 1]
@@ -1407,42 +1407,109 @@ def test_a_batch_mixes_every_setting():
     logits = randn(4, 30, dtype=torch.float32)
     settings_ = [dict(temperature=0.0), dict(temperature=0.8, seed=42), dict(top_k=3, seed=1),
                  dict(top_p=0.5, min_p=0.1, seed=2)]
-    together = infer.sample(logits, requests_of(*settings_))
+    together = infer.sample(logits.clone(), requests_of(*settings_))
     assert together[0] == logits[0].argmax()
     for i, s in enumerate(settings_):                                        # no row knows of its neighbours
-        assert infer.sample(logits[i:i + 1], requests_of(s)) == together[i]
+        assert infer.sample(logits[i:i + 1].clone(), requests_of(s)) == together[i:i + 1]
     order = [2, 0, 3, 1]
-    assert infer.sample(logits[order], requests_of(*(settings_[i] for i in order))).tolist() == together[order].tolist()
+    assert infer.sample(logits[order], requests_of(*(settings_[i] for i in order))) == [together[i] for i in order]
 
 
 def test_repetition_penalty_makes_rarer_whatever_the_sign():
     logits = torch.tensor([[-1.0, -1.1, -3.0, 2.0, 1.9]])
     penalized = dict(temperature=0.0, repetition_penalty=1.5)
-    pick = lambda prompt, logits=logits: infer.sample(logits, requests_of(penalized, prompt=prompt)).item()
+    pick = lambda prompt, logits=logits: infer.sample(logits.clone(), requests_of(penalized, prompt=prompt))[0]
     assert pick([3]) == 4                                                    # 2.0 / 1.5 < 1.9
     assert pick([0], torch.tensor([[-1.0, -1.1, -3.0]])) == 1                # −1.0 · 1.5 < −1.1
 
 
-def test_logits_that_are_not_finite_are_an_error():
-    with pytest.raises(ValueError, match="finite"):
-        infer.sample(torch.full((1, 5), float("nan")), requests_of({}))
+def sampled_plainly(logits, r):
+    """The sampler's definition for one row in float64: full sorts, dense counts, in DESIGN's order."""
+    s, z = r.sampling, logits.double()
+    seen, count = torch.zeros(len(z), dtype=torch.bool), torch.bincount(torch.tensor(r.tokens, dtype=torch.int64),
+                                                                       minlength=len(z))
+    seen[torch.tensor(r.ids)] = True
+    z = torch.where(seen, torch.where(z > 0, z / s.repetition_penalty, z * s.repetition_penalty), z)
+    z = z - s.presence_penalty * (count > 0) - s.frequency_penalty * count
+    for token, value in (s.logit_bias or {}).items():
+        z[token] += value
+    if s.temperature == 0 or s.top_p == 0:
+        return z.argmax().item()
+    z = z / s.temperature
+    z[z < z.max() + math.log(s.min_p or 1e-300)] = -torch.inf
+    order = z.sort(descending=True, stable=True).indices
+    z[order[s.top_k or len(z):]] = -torch.inf
+    p = z[order].softmax(-1)
+    z[order[1:][(p.cumsum(-1)[:-1] >= s.top_p) & (s.top_p < 1)]] = -torch.inf
+    return (z + infer.noise([r], torch.arange(len(z))[None])[0]).argmax().item()
+
+
+@pytest.mark.parametrize("V", [50, 40_000])                                  # few tokens, and a real vocabulary
+def test_the_sampler_is_its_definition(V):
+    rng = np.random.default_rng(V)
+    draw = lambda *values: values[rng.integers(len(values))]
+    rows = []
+    for i in range(60):
+        sampling = infer.Sampling(
+            temperature=draw(0.0, 0.5, 1.0, 2.0), top_k=draw(0, 0, 1, 7, 200, 3000),
+            top_p=draw(1.0, 1.0, 0.0, 0.3, 0.95), min_p=draw(0.0, 0.0, 0.05, 0.3),
+            repetition_penalty=draw(1.0, 1.4), presence_penalty=draw(0.0, 0.7),
+            frequency_penalty=draw(0.0, -0.4), logit_bias=draw(None, {3: 9.0, 49: -5.0}))
+        r = infer.Request(rng.integers(0, V, 9).tolist(), sampling, i, i % 3, 30, infer.Text(Spelled(*[b"a"] * V)))
+        for token in rng.integers(0, V, 20).tolist() + [3, 3]:
+            r.accept(token, ())
+        rows.append(r)
+    logits = torch.from_numpy(rng.standard_normal((60, V)).astype(np.float32)) * 3
+    assert infer.sample(logits.clone(), rows) == [sampled_plainly(row, r) for row, r in zip(logits, rows)]
+
+
+def test_the_best_of_a_row_are_those_of_a_sort():
+    for V, k in ((40_000, 20), (40_000, 100), (33_333, 64), (70, 64), (5, 5), (1000, 1000)):
+        logits = randn(3, V).round(decimals=1).float()                       # with many ties
+        values, tokens = infer.best(logits, k)
+        assert (values == logits.sort(dim=-1, descending=True).values[:, :k]).all()
+        assert (logits.gather(1, tokens) == values).all()
+        ties = values[:, 1:] == values[:, :-1]
+        assert (tokens[:, 1:] > tokens[:, :-1])[ties].all()                  # of equals the lower token first
+
+
+def test_presence_and_frequency_count_the_output_alone():
+    logits = torch.tensor([[1.0, 0.9, 0.5, 0.0]])
+
+    def pick(tokens, prompt=(3,), **setting):
+        (r,) = requests_of(dict(temperature=0.0, **setting), prompt=prompt)
+        r.out = infer.Text(Spelled(b"a", b"b", b"c", b"d"))
+        for token in tokens:
+            r.accept(token, ())
+        return infer.sample(logits.clone(), [r])[0]
+    assert pick([], prompt=(0, 0), presence_penalty=2.0, frequency_penalty=2.0) == 0
+    assert pick([0], presence_penalty=0.2) == 1 and pick([0, 0, 0, 1], presence_penalty=0.2) == 0      # once a token
+    assert pick([0, 0, 1], frequency_penalty=0.2) == 1 and pick([0, 1, 1, 1, 1], frequency_penalty=0.2) == 0
+    assert pick([], logit_bias={3: 1.5}) == 3 and pick([3, 3], logit_bias={3: 1.5}, frequency_penalty=0.5) == 0
 
 
 @pytest.mark.parametrize("setting", [
     dict(top_p=float("nan")), dict(top_p=-0.1), dict(top_p=2.0), dict(temperature=-1), dict(temperature=float("inf")),
     dict(top_k=-1), dict(min_p=1.5), dict(repetition_penalty=0), dict(n=0), dict(max_tokens=0),
-    dict(seed=0.5), dict(stop=""), dict(stop=["a", ""]), dict(max_tokens=1000)])
+    dict(seed=0.5), dict(stop=""), dict(stop=["a", ""]), dict(max_tokens=1000), dict(temperature=float("nan")),
+    dict(min_p=float("nan")), dict(presence_penalty=float("nan")), dict(frequency_penalty=float("inf")),
+    dict(repetition_penalty=float("nan")), dict(logit_bias={5: float("nan")}), dict(logit_bias={-1: 1.0}),
+    dict(logit_bias={"x": 1.0}), dict(logit_bias={10 ** 6: 1.0}), dict(logprobs=-1), dict(logprobs=2.5),
+    dict(prompt_logprobs=-1), dict(top_k=1.5), dict(ignore_eos=3), dict(stop=5)])
 def test_settings_out_of_range_are_refused_by_name(setting, trained):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
         llm(trained).generate(["fine", "x"], **setting)
+    assert llm(trained).stats()["running"] == llm(trained).stats()["waiting"] == 0
 
 
 _LLMS = {}
 
 
 def llm(folder):
-    return _LLMS.setdefault(str(folder), infer.LLM(folder))
+    if str(folder) not in _LLMS:
+        _LLMS[str(folder)] = infer.LLM(folder)
+    return _LLMS[str(folder)]
 
 
 def without_cache(model, prompt, n):
@@ -1453,15 +1520,321 @@ def without_cache(model, prompt, n):
     return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("chunk", [1024, 1, 5])
-def test_greedy_with_a_cache_is_greedy_without(trained, chunk, monkeypatch):
-    monkeypatch.setattr(infer.Runner, "CHUNK", chunk)
+@pytest.mark.parametrize("chunk", [2048, 1, 5])
+def test_greedy_with_a_cache_is_greedy_without(trained, chunk):
+    m = infer.LLM(trained, max_num_batched_tokens=chunk)
     for prompt in ("def f(", "import os\nimport sys\n", "x"):
-        ids = llm(trained).tokenizer.encode(prompt)
-        (result,) = llm(trained).generate(prompt, temperature=0, max_tokens=30, ignore_eos=True)
+        ids = m.tokenizer.encode(prompt)
+        (result,) = m.generate(prompt, temperature=0, max_tokens=30, ignore_eos=True)
         with torch.no_grad():
-            assert result.tokens == without_cache(llm(trained).model, ids, 30)
-        assert result.finish_reason == "length" and result.text == llm(trained).tokenizer.decode(result.tokens)
+            assert result.tokens == without_cache(m.model, ids, 30)
+        assert result.finish_reason == "length" and result.text == m.tokenizer.decode(result.tokens)
+
+
+def engine(folder, paged=False, **options):
+    """An engine whose cache is that of CPUs, or of GPUs."""
+    m = infer.LLM(folder, **options)
+    if paged:
+        m.cache = m.scheduler.cache = infer.Pages(m.model, m.blocks, options.get("kv_cache_dtype") == "int8")
+    return m
+
+
+def idle(m):
+    """Whether an engine holds nothing: no requests, no blocks, no promises."""
+    s = m.stats()
+    return (s["running"] == s["waiting"] == 0 and s["free_blocks"] == s["total_blocks"] and not m.scheduler.filling
+            and all(block.refs == 0 for block in m.blocks.idle.values())
+            and all(m.blocks.idle[block.id] is block for block in m.blocks.known.values()))
+
+
+START = "import os\nimport sys\n\n\ndef main():\n    return os.getcwd()\n"
+MIXED = [("def f(", dict(temperature=0.0)), (START, dict(seed=5, temperature=0.8, min_p=0.1)), ("x", dict(seed=6)),
+         (START + "class", dict(seed=7, top_k=20, top_p=0.8, repetition_penalty=1.3, presence_penalty=0.5,
+                                frequency_penalty=0.3, logit_bias={5: 3.0, 7: -2.0}, logprobs=3)),
+         (START, dict(seed=9, top_p=0.9)), ("class A", dict(temperature=0.0, prompt_logprobs=1)),
+         (START[:20], dict(seed=1, n=3)), (START, dict(seed=9, top_p=0.9, stop=["e"]))]
+
+
+@pytest.fixture(scope="session")
+def alone(trained):
+    """Each of MIXED by itself: no batch, no prefix cache, no chunks."""
+    m = infer.LLM(trained, prefix_caching=False, max_num_seqs=1)
+    results = [m.generate(prompt, max_tokens=24, ignore_eos=True, **s)[0] for prompt, s in MIXED]
+    return [[r.tokens for r in (result if isinstance(result, list) else [result])] for result in results]
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slabs", "pages"])
+@pytest.mark.parametrize("options", [
+    {}, dict(max_num_batched_tokens=1), dict(max_num_batched_tokens=7, block_size=4), dict(num_blocks=5),
+    dict(num_blocks=12, max_num_batched_tokens=5, block_size=8), dict(max_num_seqs=3), dict(block_size=1),
+    dict(num_blocks=20, block_size=4, prefix_caching=False)], ids=str)
+def test_a_text_is_the_same_batched_chunked_preempted_and_from_the_prefix_cache(trained, alone, options, paged):
+    m = engine(trained, paged, **options)
+    for _ in range(2):                                                       # the second time from the prefix cache
+        requests = [m.add(prompt, max_tokens=24, ignore_eos=True, **s) for prompt, s in MIXED]
+        while any(r.finish_reason is None for rs in requests for r in rs):
+            m.step()
+            assert m.stats()["running"] <= options.get("max_num_seqs", 64)
+        assert [[r.tokens for r in rs] for rs in requests] == alone
+        assert all(len(r.tokens) == 24 for rs in requests[:7] for r in rs)
+        assert idle(m)
+    s = m.stats()
+    assert (s["preemptions"] > 0) == ("num_blocks" in options)
+    assert (s["prefix_hits"] > 0) == options.get("prefix_caching", True)
+
+
+def test_streams_are_the_same_text_in_company(trained, alone):
+    m = infer.LLM(trained, block_size=4, num_blocks=20, max_num_batched_tokens=6)
+    m.add(START, seed=3, max_tokens=30)
+    for (prompt, s), (tokens, *_) in zip(MIXED, alone):
+        if "n" not in s:
+            (wanted,) = m.generate(prompt, max_tokens=24, ignore_eos=True, **s)
+            assert wanted.tokens == tokens
+            assert "".join(m.stream(prompt, max_tokens=24, ignore_eos=True, **s)) == wanted.text
+    with pytest.raises(ValueError, match="n is 2"):
+        next(m.stream("x", n=2))
+
+
+def test_a_prompt_takes_over_full_blocks_and_computes_at_least_its_last_token(trained):
+    m = infer.LLM(trained, block_size=4)
+    ids = list(range(10, 22))                                                # three full blocks
+    first, again = (m.generate([ids], max_tokens=2, temperature=0)[0] for _ in range(2))
+    assert (first.cached_tokens, again.cached_tokens) == (0, 8)              # the third holds the last token
+    longer = m.generate([ids + [1]], max_tokens=2, temperature=0)[0]
+    assert longer.cached_tokens == 12
+    other = m.generate([ids[:4] + [1] + ids[5:]], max_tokens=2, temperature=0)[0]
+    assert other.cached_tokens == 4 and again.tokens == first.tokens         # equal up to the first block's end
+    assert m.generate([ids[4:]], max_tokens=2)[0].cached_tokens == 0         # the same tokens elsewhere are others
+    off = infer.LLM(trained, block_size=4, prefix_caching=False)
+    assert [off.generate([ids], max_tokens=2)[0].cached_tokens for _ in range(2)] == [0, 0]
+    assert off.stats()["prefix_hits"] == 0 and m.stats()["prefix_hits"] == 2 + 3 + 1
+
+
+def test_a_collision_of_hashes_mixes_nothing_up(trained, monkeypatch):
+    prompts = [[i] * 9 for i in range(5)]
+    want = [r.tokens for r in llm(trained).generate(prompts, max_tokens=8, temperature=0)]
+    monkeypatch.setattr(infer.Blocks, "key", staticmethod(lambda parent, tokens: b"the same"))
+    m = infer.LLM(trained, block_size=4)
+    assert [m.generate([p], max_tokens=8, temperature=0)[0].tokens for p in prompts] == want
+
+
+def test_a_common_start_is_computed_once_even_when_all_come_together(trained):
+    m = infer.LLM(trained, block_size=4, max_num_batched_tokens=16)
+    start = list(range(30, 58))
+    prompts = [start + [i, i] for i in range(8)]
+    results = m.generate(prompts, max_tokens=4, temperature=0)
+    assert [r.cached_tokens for r in results] == [0] + [28] * 7
+    for prompt, r in zip(prompts, results):
+        with torch.no_grad():
+            assert r.tokens == without_cache(m.model, prompt, 4)
+    # Should the one that computes it go, another does.
+    m = infer.LLM(trained, block_size=4, max_num_batched_tokens=16)
+    (a,), (b,) = m.add(prompts[0], max_tokens=4, temperature=0), m.add(prompts[1], max_tokens=4, temperature=0)
+    m.step()
+    assert m.stats()["running"] == 1 and m.stats()["waiting"] == 1
+    m.abort(a)
+    while b.finish_reason is None:
+        m.step()
+    assert b.tokens == results[1].tokens and idle(m)
+
+
+def test_the_block_used_longest_ago_is_taken_first(trained):
+    m = infer.LLM(trained, block_size=4, num_blocks=8)
+    go = lambda token, n: m.generate([[token] * n], max_tokens=1, temperature=0)[0].cached_tokens
+    go(1, 12), go(2, 12)                                                     # 3 full blocks each
+    assert go(1, 12) == 8                                                    # used again: 2 is the older now
+    go(3, 24)                                                                # takes all but the first two of 1
+    assert go(1, 12) == 8 and go(2, 12) == 0
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=60))
+def test_blocks_are_neither_lost_nor_held_twice(moves):
+    pool, tables = infer.Blocks(6, 2), []
+    for what, i in moves:
+        if what <= 2 and len(pool):
+            parent, tokens = b"", [what, i]
+            key = pool.key(parent, tokens)
+            block = pool.find(key, parent, tokens)
+            if block:
+                pool.hold(block)
+            else:
+                (block,) = pool.take(1)
+                pool.register(block, key, parent, tokens, None)
+            assert block.tokens == tokens
+            tables.append([block])
+        elif tables:
+            pool.release(tables.pop(i % len(tables)))
+        held = {b.id for table in tables for b in table}
+        assert len(pool) == 6 - len(held) and not held & set(pool.idle)
+        assert all(sum(b in table for table in tables) == b.refs for table in tables for b in table)
+        assert all(pool.find(k, b.parent, b.tokens) is b for k, b in pool.known.items())
+
+
+def test_what_can_never_fit_is_refused_before_anything_runs(trained):
+    m = infer.LLM(trained, block_size=4, num_blocks=5)                       # 20 tokens
+    with pytest.raises(ValueError, match="prompt 1: .*max_tokens.*5 blocks.*prompt 2"):
+        m.generate([[1] * 10, [1] * 15, [1] * 30, [1] * 3], max_tokens=8)
+    assert m.stats()["waiting"] == 0 and idle(m)
+    (r,) = m.generate([[1] * 15], max_tokens=5, ignore_eos=True)             # to the last place
+    assert len(r.tokens) == 5
+    (r,) = m.generate([[1] * 15], ignore_eos=True)                           # unsaid: what the pool leaves
+    assert len(r.tokens) == 5
+    with pytest.raises(ValueError, match="prompt 0"):
+        m.add([1] * 20)
+    r = infer.LLM(trained, block_size=4, num_blocks=2).generate([[1] * 7], temperature=0, ignore_eos=True)[0]
+    assert len(r.tokens) == 1 and r.finish_reason == "length"                # both blocks full
+
+
+def test_first_come_first_served_and_none_starves(trained):
+    m = infer.LLM(trained, block_size=4, num_blocks=12, max_num_batched_tokens=8, prefix_caching=False)
+    requests = [m.add([5 + i] * n, max_tokens=k, temperature=0, ignore_eos=True)[0]
+                for i, (n, k) in enumerate([(4, 30), (30, 15), (2, 5), (2, 5), (25, 3), (1, 9)])]
+    began = []
+    for _ in range(2000):
+        m.step()
+        assert m.scheduler.running == sorted(m.scheduler.running, key=lambda r: r.arrival)
+        began += [r for r in m.scheduler.running if r not in began]
+        if all(r.finish_reason for r in requests):
+            break
+    assert began == requests and all(r.finish_reason == "length" for r in requests) and idle(m)
+
+
+def test_an_abort_frees_its_blocks_at_once(trained):
+    m = infer.LLM(trained, block_size=4, max_num_batched_tokens=8)
+    two, (other,) = m.add(START, n=2, max_tokens=30, ignore_eos=True), m.add("x = ", seed=1, max_tokens=6)
+    for _ in range(4):
+        m.step()
+    assert m.stats()["free_blocks"] < m.stats()["total_blocks"]
+    for r in two:                                                            # one runs, one may wait
+        m.abort(r)
+    assert {r.finish_reason for r in two} == {"abort"} and m.stats()["running"] <= 1
+    assert m.blocks.total - len(m.blocks) == len(other.table)
+    while other.finish_reason is None:
+        m.step()
+    assert other.tokens == llm(trained).generate("x = ", seed=1, max_tokens=6)[0].tokens and idle(m)
+    pieces = m.stream("x = ", max_tokens=30, ignore_eos=True)                # a reader that leaves
+    next(pieces)
+    pieces.close()
+    assert idle(m) and m.step() == []
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slabs", "pages"])
+def test_logits_that_are_not_finite_end_that_request_alone(trained, paged):
+    m = engine(trained, paged, block_size=4, num_blocks=8)
+    with torch.no_grad():
+        m.model.embed.weight[77] = torch.nan
+    prompts = [[3, 4, 5], [3, 77, 5, 6, 7, 8], [9, 8]]
+    for _ in range(3):                                                       # its blocks are used again, NaN in them
+        a, bad, b = m.generate(prompts, max_tokens=6, temperature=0, logit_bias={77: -100.0})
+        assert bad.finish_reason == "error" and "finite" in bad.error and bad.tokens == []
+        for prompt, r in zip((prompts[0], prompts[2]), (a, b)):
+            with torch.no_grad():
+                assert r.tokens == without_cache(m.model, prompt, 6)
+        (long,) = m.generate([[6] * 20], max_tokens=6, temperature=0, logit_bias={77: -100.0})
+        with torch.no_grad():
+            assert long.tokens == without_cache(m.model, [6] * 20, 6) and idle(m)
+
+
+def test_log_probabilities_are_the_models_own(trained):
+    m = infer.LLM(trained, block_size=4, max_num_batched_tokens=5)
+    prompt = START
+    for _ in range(2):                                                       # known blocks hide nothing of the prompt
+        (r,) = m.generate(prompt, max_tokens=9, seed=1, logprobs=5, prompt_logprobs=2, temperature=2.0, top_k=50,
+                          repetition_penalty=1.5, ignore_eos=True)
+        with torch.no_grad():
+            logp = m.model(torch.tensor([r.ids]))[0].log_softmax(-1)         # raw: before penalties and temperature
+        assert r.prompt_logprobs[0] is None and len(r.prompt_logprobs) == r.prompt_tokens and len(r.logprobs) == 9
+        for i, (likely, k) in enumerate(zip(r.prompt_logprobs[1:] + r.logprobs, [2] * (r.prompt_tokens - 1) + [5] * 9)):
+            top, token = logp[i].topk(k).indices.tolist(), r.ids[i + 1]
+            assert set(likely) == {*top, token} and list(likely)[:k] == top  # k, and the token itself
+            for t, p in likely.items():
+                assert abs(p - logp[i, t].item()) < 1e-4
+    bare = m.generate(prompt, max_tokens=2, logprobs=0)[0]
+    assert [len(p) for p in bare.logprobs] == [1, 1] and bare.prompt_logprobs is None
+    assert m.generate("x", max_tokens=2)[0].logprobs is None
+
+
+def test_tokens_and_log_probabilities_end_with_the_token_that_completes_a_stop(trained):
+    (r,) = llm(trained).generate(START, max_tokens=24, temperature=0, ignore_eos=True)
+    stop = r.text[3:7]
+    (cut,) = llm(trained).generate(START, max_tokens=24, temperature=0, ignore_eos=True, stop=stop, logprobs=1)
+    assert cut.text == r.text[:r.text.find(stop)] and cut.finish_reason == "stop"
+    assert cut.tokens == r.tokens[:len(cut.tokens)] and len(cut.logprobs) == len(cut.tokens) < 24
+    decode = llm(trained).tokenizer.decode
+    assert stop in decode(cut.tokens) and stop not in decode(cut.tokens[:-1])
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slabs", "pages"])
+def test_an_int8_cache_predicts_as_well(trained, paged):
+    m, exact = engine(trained, paged, kv_cache_dtype="int8", max_num_batched_tokens=40), llm(trained)
+    text = (HERE / "attention.py").read_text()[:6000]
+    a, b = (infer.score(x, text)["bits_per_byte"] for x in (m, exact))
+    assert a != b and abs(a / b - 1) < 1e-3 and m.token_bytes < exact.token_bytes / 2
+    results = [m.generate([START, START + "x"], max_tokens=12, seed=1) for _ in range(2)]
+    assert [r.tokens for r in results[0]] == [r.tokens for r in results[1]] and idle(m)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slabs", "pages"])
+def test_a_sliding_window_looks_back_just_so_far(tmp_path, paged):
+    hugging_face("Qwen2", dict(vocab_size=300, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+                 tmp_path)
+    foreign().save(str(tmp_path / "tokenizer.json"))
+    m = engine(tmp_path, paged, block_size=4, max_num_batched_tokens=7)
+    prompts = [list(range(3, 23)), [9, 7], list(range(3, 20))]
+    for prompt, r in zip(prompts, m.generate(prompts, max_tokens=9, temperature=0, ignore_eos=True)):
+        with torch.no_grad():
+            assert r.tokens == without_cache(m.model, prompt, 9)
+
+
+def traffic(m, rng, count):
+    """Requests of all kinds at random times, some aborted → [(arguments, request)]. The engine is empty at the end."""
+    V, sent = m.tokenizer.vocab_size, []
+    draw = lambda *values: values[rng.integers(len(values))]
+    starts, room = [rng.integers(0, V, 30).tolist() for _ in range(3)], m.blocks.total * m.blocks.size
+    while len(sent) < count or m.scheduler.running or m.scheduler.waiting:
+        if len(sent) < count and rng.random() < 0.6:
+            new = int(rng.integers(1, 24))
+            prompt = draw(*starts)[:rng.integers(0, 30)] + rng.integers(0, V, rng.integers(1, 12)).tolist()
+            prompt = prompt[:min(m.context, room) - new]
+            arguments = dict(
+                max_tokens=new, temperature=draw(0.0, 0.7, 1.0, 1.5), top_k=draw(0, 0, 5, 40),
+                top_p=draw(1.0, 0.9, 0.5), min_p=draw(0.0, 0.0, 0.1),
+                repetition_penalty=draw(1.0, 1.2), presence_penalty=draw(0.0, 0.5),
+                frequency_penalty=draw(0.0, 0.3), logit_bias=draw(None, {int(rng.integers(V)): 4.0}),
+                seed=int(rng.integers(1000)), stop=draw(None, None, ["e", "()"]), n=draw(1, 1, 1, 2),
+                logprobs=draw(None, None, 2), prompt_logprobs=draw(None, None, None, 1), ignore_eos=draw(True, False))
+            sent += [((prompt, arguments), r) for r in m.add(prompt, **arguments)]
+        if rng.random() < 0.08 and m.scheduler.running + m.scheduler.waiting:
+            m.abort(draw(*m.scheduler.running, *m.scheduler.waiting))
+        m.step()
+    assert idle(m)
+    return sent
+
+
+def same_text(plain, prompt, arguments, r):
+    """Whether a request's tokens are those it gets alone: all, or all up to its abort."""
+    alone = plain.generate([prompt], **arguments)
+    alone = alone[0][r.choice] if arguments["n"] > 1 else alone[0]
+    if r.finish_reason == "abort":
+        return r.tokens == alone.tokens[:len(r.tokens)]
+    close_enough = all(a.keys() == b.keys() and all(abs(a[t] - b[t]) < 1e-3 for t in a)
+                       for one, other in ((r.logprobs, alone.logprobs), (r.prompt_logprobs, alone.prompt_logprobs))
+                       for a, b in zip(one or [], other or []) if a)
+    return (r.tokens, r.text, r.finish_reason) == (alone.tokens, alone.text, alone.finish_reason) and close_enough
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slabs", "pages"])
+def test_random_traffic_gives_each_its_own_text_and_every_block_back(trained, paged):
+    rng, plain = np.random.default_rng(1), infer.LLM(trained, prefix_caching=False, max_num_seqs=1)
+    preemptions = 0
+    for options in (dict(block_size=4, num_blocks=17, max_num_batched_tokens=16, max_num_seqs=8),
+                    dict(block_size=2, num_blocks=32, max_num_batched_tokens=5, max_num_seqs=5)):
+        m = engine(trained, paged, **options)
+        for (prompt, arguments), r in traffic(m, rng, 15):
+            assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
+        preemptions += m.stats()["preemptions"]
+    assert preemptions > 0
 
 
 def test_seeded_text_is_the_same_in_any_company(trained):
@@ -1685,6 +2058,41 @@ def test_bench_prints_its_record(trained):
     assert code == 0 and record["batch"] == 2 and record["decode_tokens_per_second"] > 0
     assert math.isclose(record["bound_share"], record["decode_tokens_per_second"] / record["bound_tokens_per_second"])
     assert run(infer, "--model", trained, "--bench", "--new-tokens", 1000)[0] == 2
+
+
+def test_bench_serving_prints_its_record(trained):
+    flags = ("--model", trained, "--bench-serving", "--requests", 5, "--num-blocks", 10, "--block-size", 8)
+    record = json.loads(run(infer, *flags, "--json")[1])
+    assert record["requests"] == 5 and record["tokens_per_second"] > 0 and 0 < record["cache_use"] <= 1
+    assert 0 < record["first_token_seconds_median"] <= record["first_token_seconds_p99"] < record["seconds"]
+    assert record["between_tokens_seconds_median"] <= record["between_tokens_seconds_p99"]
+    assert record["preemptions"] > 0                                         # ten blocks are too few for five at once
+    assert math.isclose(record["bound_share"], record["tokens_per_second"] / record["bound_tokens_per_second"])
+    again = json.loads(run(infer, *flags, "--json")[1])
+    assert (again["prompt_tokens"], again["new_tokens"]) == (record["prompt_tokens"], record["new_tokens"])    # seeded
+    code, out, _ = run(infer, *flags)
+    assert code == 0 and "5 requests" in out and "of the bound" in out
+
+
+def test_every_setting_and_option_is_a_flag(trained):
+    flags = ("def f(", "--model", trained, "--max-tokens", 5, "--seed", 1, "--presence-penalty", 0.5, "--min-p", 0,
+             "--frequency-penalty", 0.2, "--logit-bias", '{"9": 50, "8": -3}', "--logprobs", 2, "--prompt-logprobs", 1)
+    (wanted,) = llm(trained).generate("def f(", max_tokens=5, seed=1, presence_penalty=0.5, frequency_penalty=0.2,
+                                      temperature=0.8, logit_bias={9: 50, 8: -3}, logprobs=2, prompt_logprobs=1)
+    record = json.loads(run(infer, *flags, "--json", "--block-size", 4, "--num-blocks", 8, "--max-num-seqs", 2,
+                            "--max-num-batched-tokens", 2, "--no-prefix-caching")[1])
+    assert record["tokens"] == wanted.tokens == [9] * 5
+    assert [set(map(int, p)) for p in record["logprobs"]] == [set(p) for p in wanted.logprobs]
+    assert record["prompt_logprobs"][0] is None and len(record["prompt_logprobs"]) == wanted.prompt_tokens
+    code, out, err = run(infer, *flags)
+    assert code == 0 and out == wanted.text + "\n"
+    assert len(err.splitlines()) == wanted.prompt_tokens + 5 + 1             # a token a line, and the speeds
+    known = {name.replace("_", "-") for name in infer.Sampling.__dataclass_fields__}
+    assert all(f"--{name}" in infer.arguments().format_help() for name in known)
+    for option in (dict(block_size=0), dict(num_blocks=0), dict(max_num_seqs=0), dict(max_num_batched_tokens=0),
+                   dict(kv_cache_dtype="int4")):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            infer.LLM(trained, **option)
 
 
 @pytest.mark.parametrize("flags", [
