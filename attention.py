@@ -1176,10 +1176,6 @@ class KVCache:
         self.v[:, :, start:self.length] = v
         return attention(q, self.k[:, :, :self.length], self.v[:, :, :self.length], **options)
 
-    def repeat(self, n):
-        """Turn one sequence into n alike: continuations that share what came before."""
-        self.k, self.v = self.k.repeat(n, 1, 1, 1), self.v.repeat(n, 1, 1, 1)
-
 
 class Rotary:
     """The positions' cos and sin, made once and shared by all layers. `inv_freq` and `factor`: see `rotary`."""

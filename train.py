@@ -1149,7 +1149,7 @@ class Run:
         self.out = Path(settings["out"])
         self.optimizer = Optimizer(model, settings["lr"], self.processes)
         self.step = self.tokens = self.windows = 0
-        self.rows = max(1, MICRO_TOKENS // settings["context"])              # windows in a pass, halved where memory ends
+        self.rows = max(1, MICRO_TOKENS // settings["context"])              # windows in a pass, until memory ends
         self.loss_scale = 2.0 ** 15 if settings["dtype"] == "float16" else 1.0
         self.spent_before = 0.0                                              # seconds of the processes before this one
         self.done, self.finished = 0.0, False                                # the share of the run that is over
