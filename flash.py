@@ -32,16 +32,18 @@ PagedAttention: 2309.06180. Sinks: gpt-oss, 2508.10925, after 2309.17453. ALiBi:
 `python flash.py` shows the difference, the bytes and the memory of both forms, and which tiles are visited; on a GPU also
 TFLOP/s beside torch's backends and decoding beside the speed of a copy.
 """
+import argparse
 import math
 import sys
+import time
 from typing import Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attention import (_floats, _milliseconds, _peak_megabytes, _tanh, attention, attention_numpy, jit, on_kernel, tl,
-                       triton)
+from attention import (_floats, _peak_megabytes, _tanh, attention, attention_backward_numpy,
+                       attention_numpy, jit, on_kernel, tl, triton)
 
 LOG2E = math.log2(math.e)                                                    # e^x = 2^(x log₂e)
 
@@ -94,12 +96,12 @@ def bytes_moved(B, H, G, T, S, D, causal=True, window=None, size=2, BLOCK_M=128,
 # --- 2. The algorithm in NumPy, tile for tile as the kernels ----------------------------------------------------------
 
 def units(scale, softcap):
-    """How a tile's raw scores become s → (unit, cap): s = unit · q·k, or with a cap unit · tanh(cap · q·k)."""
+    """What makes scores of products → (unit, cap): s = unit · q·k, or with a cap s = unit · tanh(cap · q·k)."""
     return (LOG2E * scale, None) if softcap is None else (LOG2E * softcap, scale / softcap)
 
 
-def scores_numpy(s, at, j, end, cap, slope, window, causal):
-    """Raw products [M, N] of queries at `at` [M, 1] and keys j [1, N] → (s in units of `unit`, ds/draw).
+def scores_numpy(s, at, j, end, unit, cap, slope, window, causal):
+    """Products q·k [M, N] of queries at `at` [M, 1] and keys j [1, N] → (s, the cap's own slope).
 
     The order of the options: cap, ALiBi, mask. Keys from `end` on do not exist.
     """
@@ -107,6 +109,7 @@ def scores_numpy(s, at, j, end, cap, slope, window, causal):
     if cap is not None:
         s = np.tanh(s * cap)
         slope_of_cap = 1 - s * s
+    s = s * unit
     if slope is not None:
         s = s - slope * np.abs(at - j)
     seen = j < end
@@ -117,11 +120,11 @@ def scores_numpy(s, at, j, end, cap, slope, window, causal):
     return np.where(seen, s, -np.inf), slope_of_cap
 
 
-def softmax_step_numpy(s, unit, m_i, l_i, acc):
+def softmax_step_numpy(s, m_i, l_i, acc):
     """A tile of scores [M, N] joins what was seen before → p [M, N], m_i [M], l_i [M], acc [M, D]."""
-    m_new = np.maximum(m_i, s.max(1) * unit)
+    m_new = np.maximum(m_i, s.max(1))
     m_safe = np.where(m_new > -np.inf, m_new, 0)                             # nothing seen yet: −∞ − −∞ is no number
-    p = np.exp2(s * unit - m_safe[:, None])
+    p = np.exp2(s - m_safe[:, None])
     alpha = np.exp2(m_i - m_safe)
     return p, m_new, alpha * l_i + p.sum(1), alpha[:, None] * acc
 
@@ -142,7 +145,7 @@ def _forward_numpy(q, k, v, causal, window, softcap, sinks, alibi, scale, BLOCK_
         i0 *= BLOCK_M
         i, g = slice(i0, i0 + BLOCK_M), h // (H // G)
         at = np.arange(i0, min(i0 + BLOCK_M, T))[:, None] + S - T
-        slope = None if alibi is None else alibi[h] * (LOG2E / unit)
+        slope = None if alibi is None else alibi[h] * LOG2E
         q_i = q[b, h, i]                                                     # [M, D]: read once, kept
         m_i = np.full(len(q_i), -np.inf if sinks is None else sinks[h] * LOG2E)                      # a sink is a key
         l_i = np.full(len(q_i), 0.0 if sinks is None else 1.0)               # seen first: it has a score,
@@ -151,8 +154,8 @@ def _forward_numpy(q, k, v, causal, window, softcap, sinks, alibi, scale, BLOCK_
         for j0 in range(lo, hi, BLOCK_N):
             k_j, v_j = k[b, g, j0:j0 + BLOCK_N], v[b, g, j0:j0 + BLOCK_N]    # [N, D]
             j = np.arange(j0, j0 + len(k_j))[None, :]
-            s, _ = scores_numpy(q_i @ k_j.T, at, j, S, cap, slope, window, causal)
-            p, m_i, l_i, acc = softmax_step_numpy(s, unit, m_i, l_i, acc)
+            s, _ = scores_numpy(q_i @ k_j.T, at, j, S, unit, cap, slope, window, causal)
+            p, m_i, l_i, acc = softmax_step_numpy(s, m_i, l_i, acc)
             acc = acc + p @ v_j
         o[b, h, i], lse[b, h, i] = finish_numpy(m_i, l_i, acc)               # written once
     return o, lse
@@ -177,10 +180,10 @@ def flash_attention_backward_numpy(q, k, v, causal=True, window=None, softcap=No
     def tile(b, h, i0, j0):                                                  # what both kernels make anew
         i, j, g = slice(i0, min(i0 + BLOCK_M, T)), slice(j0, min(j0 + BLOCK_N, S)), h // (H // G)
         at, keys = np.arange(i.start, i.stop)[:, None] + S - T, np.arange(j.start, j.stop)[None, :]
-        slope = None if alibi is None else alibi[h] * (LOG2E / unit)
-        s, slope_of_cap = scores_numpy(q[b, h, i] @ k[b, g, j].T, at, keys, S, cap, slope, window, causal)
+        slope = None if alibi is None else alibi[h] * LOG2E
+        s, slope_of_cap = scores_numpy(q[b, h, i] @ k[b, g, j].T, at, keys, S, unit, cap, slope, window, causal)
         row = lse[b, h, i, None]
-        p = np.exp2(s * unit - np.where(row > -np.inf, row, 0))              # a row that sees no key: all p are 0
+        p = np.exp2(s - np.where(row > -np.inf, row, 0))                     # a row that sees no key: all p are 0
         ds = p * (grad[b, h, i] @ v[b, g, j].T - delta[b, h, i, None]) * slope_of_cap
         return p, ds, i, j                                                   # [M, N], [M, N]
     for b, h, i0 in np.ndindex(B, H, -(-T // BLOCK_M)):                      # dq: a program for each tile of queries
@@ -248,7 +251,7 @@ def flash_decode_numpy(q, k_pages, v_pages, block_table, lengths, k_scale=None, 
         rows = q[b, :, g * R:(g + 1) * R].reshape(T * R, D)                  # queries and heads of a group: one tile
         h = g * R + np.arange(T * R) % R
         at = (lengths[b] - T + np.arange(T * R) // R)[:, None]
-        slope = None if alibi is None else alibi[h, None] * (LOG2E / unit)
+        slope = None if alibi is None else alibi[h, None] * LOG2E
         lo = 0 if window is None else max(0, int(lengths[b]) - T - window + 1)
         share = -(-(int(lengths[b]) - lo) // (splits * BLOCK_N)) * BLOCK_N   # keys for each program
         parts, lses = np.zeros((splits, T * R, D), o.dtype), np.zeros((splits, T * R), o.dtype)
@@ -262,8 +265,8 @@ def flash_decode_numpy(q, k_pages, v_pages, block_table, lengths, k_scale=None, 
                 k_j, v_j = k_pages[where], v_pages[where]                    # [N, D]
                 s = rows @ k_j.T.astype(rows.dtype)
                 s = s if k_scale is None else s * k_scale[where]             # int8: k = scale · integer, moved out of
-                s, _ = scores_numpy(s, at, j[None], end, cap, slope, window, True)                   # the product
-                p, m_i, l_i, acc = softmax_step_numpy(s, unit, m_i, l_i, acc)
+                s, _ = scores_numpy(s, at, j[None], end, unit, cap, slope, window, True)             # the product
+                p, m_i, l_i, acc = softmax_step_numpy(s, m_i, l_i, acc)
                 p = p if v_scale is None else p * v_scale[where]
                 acc = acc + p @ v_j
             parts[split], lses[split] = finish_numpy(m_i, l_i, acc)
@@ -329,7 +332,9 @@ def _dot(a, b, c):
 
 @jit
 def _scores(s, at, j, end, cap, slope, window, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
-    """As `scores_numpy`; at and j are [M, 1] and [1, N], or [1, M] and [N, 1]."""
+    """As `scores_numpy`, but still to be multiplied by `unit`, which 2^(s · unit − m) does in one instruction. at and j
+    are [M, 1] and [1, N], or [1, M] and [N, 1].
+    """
     slope_of_cap = 1.
     if cap is not None:
         s = _tanh(s * cap)
@@ -395,7 +400,7 @@ def _flash_fwd(Q, K, V, O, Lse, Sinks, Slopes, CuQ, CuK, Owner, Q_at, K_at, V_at
             j = j0 + tl.arange(0, BLOCK_N)
             k = _load(K, K_at, j, d, S_b, D, part != 1)                      # [N, D]
             s = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            s, _ = _scores(s, at, j[None, :], S_b, cap, slope, window, CAUSAL, part != 1)
+            s = _scores(s, at, j[None, :], S_b, cap, slope, window, CAUSAL, part != 1)[0]
             p, m_i, l_i, acc = _softmax_step(s, unit, m_i, l_i, acc)
             v = _load(V, V_at, j, d, S_b, D, part != 1)
             acc = _dot(p.to(v.dtype), v, acc)
@@ -473,27 +478,25 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
     v = _load(V, V_at, j, d, S_b, D, True)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     edges = _query_tiles(j0, T_b, S_b, window, CAUSAL, BLOCK_M, BLOCK_N)
-    for r in range(GROUP):                                                   # the heads that share these keys
-        h, slope = g * GROUP + r, None
-        Q_h, dO_h, of_row = Q + h * Q_at[1], dO + h * dO_at[1], (row * G * GROUP + h) * T + q_start
-        if Slopes is not None:
-            slope = tl.load(Slopes + h)
-        for part in tl.static_range(3):
-            for i0 in range(edges[part], edges[part + 1], BLOCK_M):          # all tiles stand on end here, [N, M]: what
-                i = i0 + tl.arange(0, BLOCK_M)                               # is multiplied next need not be turned
-                q = _load(Q_h, Q_at, i, d, T_b, D, part != 1)                # [M, D]
-                do = _load(dO_h, dO_at, i, d, T_b, D, part != 1)
-                lse = tl.load(Lse + of_row + i, mask=i < T_b, other=float("inf"))                    # past T: p is 0
-                delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
-                lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
-                s = _dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-                s, slope_of_cap = _scores(s, (i + S_b - T_b)[None, :], j[:, None], S_b, cap, slope, window, CAUSAL,
-                                          part != 1)
-                p = tl.exp2(s * unit - lse)
-                dv = _dot(p.to(do.dtype), do, dv)
-                dp = _dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-                ds = p * (dp - delta[None, :]) * slope_of_cap
-                dk = _dot(ds.to(q.dtype), q, dk)
+    for part in tl.static_range(3):
+        begin, count = edges[part], max(tl.cdiv(edges[part + 1] - edges[part], BLOCK_M), 0)
+        for n in range(count * GROUP):                                       # for each of the heads that share the keys
+            h, i0 = g * GROUP + n // count, begin + n % count * BLOCK_M      # the tiles that see them
+            i, of_row, slope = i0 + tl.arange(0, BLOCK_M), (row * G * GROUP + h) * T + q_start, None
+            if Slopes is not None:
+                slope = tl.load(Slopes + h)
+            q = _load(Q + h * Q_at[1], Q_at, i, d, T_b, D, part != 1)        # [M, D]
+            do = _load(dO + h * dO_at[1], dO_at, i, d, T_b, D, part != 1)
+            lse = tl.load(Lse + of_row + i, mask=i < T_b, other=float("inf"))                        # past T: p is 0
+            delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
+            lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
+            s = _dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+            s, slope_of_cap = _scores(s, (i + S_b - T_b)[None, :], j[:, None], S_b, cap, slope, window, CAUSAL, part != 1)
+            p = tl.exp2(s * unit - lse)                                      # tiles stand on end here, [N, M], so that
+            dv = _dot(p.to(do.dtype), do, dv)                                # p need not be turned to meet do
+            dp = _dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+            ds = p * (dp - delta[None, :]) * slope_of_cap
+            dk = _dot(ds.to(q.dtype), q, dk)
     _store(dK, dK_at, j, d, S_b, (dk * scale).to(dK.dtype.element_ty), D)
     _store(dV, dV_at, j, d, S_b, dv.to(dV.dtype.element_ty), D)
 
@@ -535,7 +538,7 @@ def _flash_decode(Q, K, V, Kscale, Vscale, Table, Lengths, Parts, Lse, Slopes, Q
         if Kscale is not None:                                               # int8: k = scale · integer, moved out of
             of_key = page * Kscale_at[0] + slot * Kscale_at[1] + g * Kscale_at[2]                    # the product
             s *= tl.load(Kscale + of_key, mask=j < end, other=0.).to(tl.float32)[None, :]
-        s, _ = _scores(s, at, j[None, :], end, cap, slope, window, True, True)
+        s = _scores(s, at, j[None, :], end, cap, slope, window, True, True)[0]
         p, m_i, l_i, acc = _softmax_step(s, unit, m_i, l_i, acc)
         if Vscale is not None:
             of_key = page * Vscale_at[0] + slot * Vscale_at[1] + g * Vscale_at[2]
@@ -634,6 +637,7 @@ def _forward_on_kernel(q, k, v, sinks, alibi, cu_q, cu_k, causal, window, softca
 
 def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, window, softcap, scale):
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    do = do if do.stride(-1) == 1 else do.contiguous()                       # that of a sum: one number, expanded
     sinks2, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
     make = torch.empty_like if cu_q is None else torch.zeros_like
     dq, dk, dv, delta = make(q), make(k), make(v), make(lse)
@@ -663,7 +667,7 @@ def _blocks_in_torch(q, k, alibi, causal, window, softcap, scale):
     """
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     unit, cap = units(scale, softcap)
-    rows = min(T, max(16, 2 ** 20 // (B * H * (S if window is None or not causal else min(S, window + 128)))))
+    rows = max(16, min(128, 2 ** 20 // (B * H * (S if window is None or not causal else min(S, window + 128)))))
     for i0 in range(0, T, rows):
         lo, _, _, hi = key_tiles(i0, T, S, window, causal, rows, 1)
         if lo < hi:
@@ -820,10 +824,10 @@ def flash_attention(q, k, v, causal=True, window=None, softcap=None, sinks=None,
         window = None                                                        # wider than the text: no bound at all
     if q.numel() == 0 or S == 0:
         return 0 * q + 0 * (k.sum() + v.sum() + (0 if sinks is None else sinks.sum())).to(q.dtype)
+    q, scale = _positive(q, scale)
     plain = window is None and softcap is None and sinks is None and alibi is None
     if plain and not q.is_cuda and not on_kernel(q) and (T == S or T == 1 or not causal):
         return attention(q, k, v, causal=causal, scale=scale)                # torch's aligns top left: T ≠ S is ours
-    q, scale = _positive(q, scale)
     return _flash(q, k, v, sinks, alibi, None, None, bool(causal), window, None if softcap is None else float(softcap),
                   scale)[0]
 
@@ -951,3 +955,148 @@ def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scal
 
 def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+# --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
+
+def picture(T, S, causal=True, window=None, BLOCK_M=1, BLOCK_N=1):
+    """Which tiles are visited → lines of text, a row of queries each: whole █, at an edge and masked ▒, never read ·."""
+    lines = []
+    for i0 in range(0, T, BLOCK_M):
+        lo, full_lo, full_hi, hi = key_tiles(i0, T, S, window, causal, BLOCK_M, BLOCK_N)
+        lines.append("".join("█" if full_lo <= j0 < full_hi else "▒" if lo <= j0 < hi else "·"
+                             for j0 in range(0, S, BLOCK_N)))
+    return lines
+
+
+def show_tiles():
+    """Print which tiles are visited, for three kinds of attention."""
+    kinds = [("causal", 64, None), ("8 queries, 64 keys", 8, None), ("window 20", 64, 20)]
+    drawn = [picture(T, 64, True, window, 4, 4) for _, T, window in kinds]
+    print("Tiles of 4 × 4 scores: all seen █, masked ▒, never read ·\n\n"
+          + "".join(f"{name:22}" for name, _, _ in kinds))
+    for n in range(len(drawn[0])):
+        print("".join(f"{lines[n] if n < len(lines) else '':22}" for lines in drawn).rstrip())
+
+
+def naive_attention(q, k, v):
+    """Causal attention with its T × T matrix, in torch."""
+    above = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return (q @ k.mT * q.shape[3] ** -0.5).masked_fill_(above, -torch.inf).softmax(-1) @ v
+
+
+def show_growth(device, longest):
+    """Print time and peak memory of a forward and backward pass from T = 512 on: naive, ours, ours with options."""
+    H, D = 1, 64
+    forms = [("naive", naive_attention), ("flash", flash_attention),
+             ("window 512, softcap", lambda q, k, v: flash_attention(q, k, v, window=512, softcap=20.0))]
+    print(f"\nForward and backward, {H} head of {D}, float32, on {device}; bytes as a GPU moves them forward, in float16\n\n"
+          f"{'':6}{'moved in slow memory':>24}" + "".join(f"{name:>27}" for name, _ in forms)
+          + f"\n{'T':>6}{'naive':>14}{'tiled':>10}" + f"{'time':>14}{'peak':>13}" * 3)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def both(form, T):
+        """→ milliseconds and megabytes of one run."""
+        x, times = [torch.randn(1, H, T, D, device=device, requires_grad=True) for _ in range(3)], []
+
+        def work():
+            wait()
+            times.append(-time.perf_counter())
+            torch.autograd.grad(form(*x).sum(), x)
+            wait()
+            times[0] += time.perf_counter()
+        return _peak_megabytes(work, device), 1000 * times[0]
+    for _, form in forms:
+        both(form, 256)                                                      # the first one warms up
+    T = 512
+    while T <= longest:
+        line = f"{T:6,}" + "".join(f"{moved / 1e6:>{width},.1f} MB" for moved, width in zip(
+            bytes_moved(1, H, H, T, T, D), (11, 7)))
+        for _, form in forms:
+            if form is naive_attention and T > 4096:                         # what it takes is clear by then: a matrix
+                line += f"{'–':>14}{f'> {8 * H * T * T / 2 ** 20:,.0f} MB':>13}"                      # of scores, and
+            else:                                                            # one of their gradients
+                megabytes, milliseconds = both(form, T)
+                line += f"{milliseconds:>11,.1f} ms{megabytes:>10,.1f} MB"
+        print(line, flush=True)
+        T *= 2
+
+
+def show_speed(longest):
+    """On a GPU: print TFLOP/s of both passes beside torch's backends, and decoding beside a copy."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    dtype, milliseconds = torch.bfloat16, triton.testing.do_bench
+    randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+    a, source = randn(8192, 8192).detach(), torch.zeros(2 ** 29, device="cuda", dtype=dtype)
+    copied = torch.empty_like(source)
+    product = 2 * 8192 ** 3 / 1e9 / milliseconds(lambda: a @ a)
+    copy = 2 * source.nbytes / 1e6 / milliseconds(lambda: copied.copy_(source))
+    print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s, a copy moves "
+          f"{copy:,.0f} GB/s\nTFLOP/s forward and backward, 16,384 tokens, {2048} channels (scores above the diagonal not "
+          f"counted)\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}{'torch cuDNN':>18}")
+
+    def backend(which):
+        def attend(q, k, v, causal):
+            with sdpa_kernel(which):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return attend
+    forms = [flash_attention, backend(SDPBackend.FLASH_ATTENTION), backend(SDPBackend.CUDNN_ATTENTION)]
+    for D, causal in ((64, False), (64, True), (128, False), (128, True)):
+        T = 1024
+        while T <= longest:
+            B, H = max(1, 16384 // T), 2048 // D
+            q, k, v, do = (randn(B, H, T, D) for _ in range(4))
+            work, line = 4 * B * H * T * T * D / (2 if causal else 1) / 1e9, f"{D:5}{'yes' if causal else 'no':>8}{T:8,}"
+            for attend in forms:
+                try:
+                    with torch.no_grad():
+                        forward = milliseconds(lambda: attend(q, k, v, causal))
+                    y = attend(q, k, v, causal)
+                    backward = milliseconds(lambda: torch.autograd.grad(y, (q, k, v), do, retain_graph=True))
+                    line += f"{f'{work / forward:,.0f}  {2.5 * work / backward:,.0f}':>18}"
+                except RuntimeError:                                         # a backend that is not there
+                    line += f"{'–':>18}"
+            print(line, flush=True)
+            T *= 2
+
+    S, H, G, D, page = 32768, 32, 8, 128, 16
+    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}\n\n{'B':>5}{'pages':>12}{'GB/s':>10}"
+          f"{'of a copy':>12}")
+    for B in (1, 8, 64):
+        table = torch.randperm(B * S // page, device="cuda").int().view(B, -1)
+        lengths = torch.full((B,), S, dtype=torch.int32, device="cuda")
+        for kind in (dtype, torch.int8):
+            k, v = (torch.ones(B * S // page, page, G, D, dtype=kind, device="cuda") for _ in range(2))
+            scales = {n: torch.ones(k.shape[:3], device="cuda") for n in ("k_scale", "v_scale")} if kind != dtype else {}
+            q, moved = randn(B, H, D).detach(), 2 * k.nbytes + sum(s.nbytes for s in scales.values())
+            rate = moved / 1e6 / milliseconds(lambda: flash_decode(q, k, v, table, lengths, **scales))
+            print(f"{B:5}{str(kind)[6:]:>12}{rate:10,.0f}{rate / copy:12.0%}", flush=True)
+
+
+def main(argv=None):
+    """Show which tiles attention visits, that leaving out the matrix changes nothing, and what it saves."""
+    p = argparse.ArgumentParser(prog="flash.py", description=main.__doc__)
+    p.add_argument("--longest", type=int, default=16384, help="up to how many tokens to measure (16384; a GPU does 32768)")
+    longest = p.parse_args(argv).longest
+    show_tiles()
+
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.standard_normal((1, heads, 200, 32)) for heads in (4, 2, 2, 4))
+    options = dict(window=150, softcap=10.0)
+    twins = [(flash_attention_numpy(q, k, v, **options), *flash_attention_backward_numpy(q, k, v, **options, grad=do)),
+             (attention_numpy(q, k, v, **options), *attention_backward_numpy(q, k, v, **options, grad=do))]
+    x = [torch.tensor(t, dtype=torch.float32, requires_grad=True) for t in (q, k, v)]
+    y = flash_attention(*x, **options)
+    op = [y, *torch.autograd.grad(y, x, torch.tensor(do, dtype=torch.float32))]
+    off = lambda a, b: max(np.abs(s - t).max() / np.abs(t).max() for s, t in zip(a, b))
+    print(f"\nTiled against the whole matrix, output and gradients, relative: NumPy in float64 {off(*twins):.0e}, the op in "
+          f"float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    show_growth(device, longest)
+    if device == "cuda":
+        show_speed(max(longest, 32768))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
