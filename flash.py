@@ -1,6 +1,6 @@
 """FlashAttention: the same attention, and no T × S matrix is ever stored.
 
-    softmax needs the largest score and the sum over a whole row; both can be kept up to date as keys come, tile by tile:
+    softmax needs the largest score and the sum of a whole row; both can be kept up to date as keys come, tile by tile:
 
     m' = max(m, max_j s_j)      α = 2^(m − m')      p_j = 2^(s_j − m')
     l' = α l + Σ_j p_j          acc' = α acc + Σ_j p_j v_j           in the end  o = acc / l,  lse = m + log₂ l
@@ -17,20 +17,21 @@
     c           scalar          `scale`, 1/√D unless given
     at          i + S − T       the query's place among the keys: the last query stands at the last key
     m, l, acc   a query tile's  largest score so far, Σ 2^(s − m), Σ 2^(s − m) v
-    lse         [B, H, T]       log₂ Σ_j 2^s_ij: all that is kept for the backward pass beside o; −∞ where no key is seen
+    lse         [B, H, T]       log₂ Σ_j 2^s_ij, kept beside o for the backward pass; −∞ where no key is seen
     δ           [B, H, T]       delta: what a row's dp have in common, which softmax takes out
     sink        [H]             the logit of a key that has no value: a head may look at nothing
 
-Why it pays: a chip multiplies far faster than it reads. The naive form writes and reads T × S scores several times in slow
-memory; this one reads each key once for every tile of BLOCK_M queries and keeps the rest on the chip. `bytes_moved` counts
-both. Decoding has one query against a long cache, so there the keys are split over programs, and what each found is merged
-by its lse; the cache lies in pages that a table names (PagedAttention).
+Why it pays: a chip multiplies far faster than it reads. The naive form writes and reads T × S scores several times in
+slow memory; this one reads each key once for every tile of BLOCK_M queries and keeps the rest on the chip: see
+`bytes_moved`. Decoding has one query against a long cache, so there the keys are split over programs, and what each
+found is merged by its lse; the cache lies in pages that a table names (PagedAttention).
 
-FlashAttention: 2205.14135; FlashAttention-2: 2307.08691. Flash-Decoding: crfm.stanford.edu/2023/10/12/flashdecoding.html.
-PagedAttention: 2309.06180. Sinks: gpt-oss, 2508.10925, after 2309.17453. ALiBi: 2108.12409.
+FlashAttention: Dao et al. 2022, arXiv 2205.14135; FlashAttention-2: 2307.08691. Flash-Decoding: Dao et al. 2023,
+crfm.stanford.edu/2023/10/12/flashdecoding.html. PagedAttention: 2309.06180. Sinks: 2309.17453, as logits 2508.10925.
+ALiBi: 2108.12409.
 
-`python flash.py` shows the difference, the bytes and the memory of both forms, and which tiles are visited; on a GPU also
-TFLOP/s beside torch's backends and decoding beside the speed of a copy.
+`python flash.py` shows which tiles are visited, the difference, the bytes and the memory of both forms; on a GPU also
+TFLOP/s beside torch's backends, and decoding beside the speed of a copy.
 """
 import argparse
 import math
@@ -89,7 +90,7 @@ def bytes_moved(B, H, G, T, S, D, causal=True, window=None, size=2, BLOCK_M=128,
     keys = 0
     for i0 in range(0, T, BLOCK_M):
         lo, _, _, hi = key_tiles(i0, T, S, window, causal, BLOCK_M, BLOCK_N)
-        keys += max(hi - lo, 0)
+        keys += max(min(-(-hi // BLOCK_N) * BLOCK_N, S) - lo, 0)
     return naive, ends + B * H * (2 * keys * D * size + 4 * T)
 
 
@@ -205,8 +206,8 @@ def flash_attention_backward_numpy(q, k, v, causal=True, window=None, softcap=No
 
 def _sequences(cu_seqlens_q, cu_seqlens_k):
     """The slices of each sequence's queries and keys."""
-    return [(slice(*q), slice(*k)) for q, k in zip(*(np.lib.stride_tricks.sliding_window_view(np.asarray(cu), 2).tolist()
-                                                     for cu in (cu_seqlens_q, cu_seqlens_k)))]
+    q, k = (np.asarray(cu).tolist() for cu in (cu_seqlens_q, cu_seqlens_k))
+    return list(zip(map(slice, q, q[1:]), map(slice, k, k[1:])))
 
 
 def flash_attention_varlen_numpy(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
@@ -278,9 +279,9 @@ def flash_decode_numpy(q, k_pages, v_pages, block_table, lengths, k_scale=None, 
 
 # --- 3. The kernels: the same lines, a tile in one program's registers ------------------------------------------------
 #
-# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie. A pack of sequences is
-# one row of the batch in which each begins at its offset in Cu; a dense batch has no Cu. Offsets are int64. The loop over
-# tiles runs in three parts, of which only the first and the last, at the edges of what is seen, need a mask.
+# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie. A pack of sequences
+# is one row of the batch in which each begins at its offset in Cu; a dense batch has no Cu. Offsets are int64. The loop
+# over tiles runs in three parts, of which only the first and the last, at the edges of what is seen, need a mask.
 
 _key_tiles, _query_tiles = jit(key_tiles), jit(query_tiles)
 
@@ -368,8 +369,8 @@ def _finish(m_i, l_i, acc):
 
 
 @jit
-def _flash_fwd(Q, K, V, O, Lse, Sinks, Slopes, CuQ, CuK, Owner, Q_at, K_at, V_at, O_at, T, S, tiles, H, unit, cap, window,
-               GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _flash_fwd(Q, K, V, O, Lse, Sinks, Slopes, CuQ, CuK, Owner, Q_at, K_at, V_at, O_at, T, S, tiles, H, unit, cap,
+               window, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     b, h, tile = _program(CuQ, Owner, tiles, H, BLOCK_M)
     if CuQ is None and CAUSAL:
@@ -457,9 +458,9 @@ def _flash_bwd_dq(dO, O, Q, K, V, Lse, Delta, dQ, Slopes, CuQ, CuK, Owner, dO_at
 
 
 @jit
-def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO_at, Q_at, K_at, V_at, dK_at, dV_at, T, S,
-                    tiles, G, scale, unit, cap, window, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO_at, Q_at, K_at, V_at, dK_at, dV_at,
+                    T, S, tiles, G, scale, unit, cap, window, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     b, g, tile = _program(CuK, Owner, tiles, G, BLOCK_N)
     row, q_start, T_b = _sequence(CuQ, b, T)
     _, k_start, S_b = _sequence(CuK, b, S)
@@ -491,7 +492,8 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
             delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
             lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
             s = _dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            s, slope_of_cap = _scores(s, (i + S_b - T_b)[None, :], j[:, None], S_b, cap, slope, window, CAUSAL, part != 1)
+            at = (i + S_b - T_b)[None, :]
+            s, slope_of_cap = _scores(s, at, j[:, None], S_b, cap, slope, window, CAUSAL, part != 1)
             p = tl.exp2(s * unit - lse)                                      # tiles stand on end here, [N, M], so that
             dv = _dot(p.to(do.dtype), do, dv)                                # p need not be turned to meet do
             dp = _dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -503,19 +505,21 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
 
 @jit
 def _flash_decode(Q, K, V, Kscale, Vscale, Table, Lengths, Parts, Lse, Slopes, Q_at, K_at, V_at, Kscale_at, Vscale_at,
-                  Table_at, Lengths_at, B, T, G, splits, tiles, unit, cap, window, GROUP: tl.constexpr, PAGE: tl.constexpr,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                  Table_at, Lengths_at, B, T, G, splits, tiles, unit, cap, window, GROUP: tl.constexpr,
+                  PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    split, tile, g, b = (program % splits).to(tl.int32), (program // splits % tiles).to(tl.int32), \
-        program // splits // tiles % G, program // splits // tiles // G
+    split, tile = (program % splits).to(tl.int32), (program // splits % tiles).to(tl.int32)
+    g, b = program // splits // tiles % G, program // splits // tiles // G
     length = tl.load(Lengths + b * Lengths_at[0]).to(tl.int32)
     r, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)     # queries and heads of a group: one tile,
     t, h = r // GROUP, g * GROUP + r % GROUP                                 # enough rows for the matrix units
     at, slope = (length - T + t)[:, None], None
     if Slopes is not None:
         slope = tl.load(Slopes + h)[:, None]
-    here = Q + b * Q_at[0] + t.to(tl.int64)[:, None] * Q_at[1] + h[:, None] * Q_at[2] + d.to(tl.int64)[None, :] * Q_at[3]
-    q = tl.load(here, mask=(t < T)[:, None] & (d < D)[None, :], other=0.)    # [M, D]
+    Q += b * Q_at[0]
+    here = (t.to(tl.int64) * Q_at[1] + h * Q_at[2])[:, None] + d.to(tl.int64)[None, :] * Q_at[3]
+    q = tl.load(Q + here, mask=(t < T)[:, None] & (d < D)[None, :], other=0.)                        # [M, D]
     lo, hi = 0, max(0, min(length, length - T + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1))
     if window is not None:
         lo = max(0, length - T + tile * BLOCK_M // GROUP - window + 1)
@@ -567,44 +571,53 @@ def _flash_merge(Parts, Lse, Sinks, O, O_at, B, T, H, splits, D: tl.constexpr, B
         l += tl.exp2(tl.load(Sinks + h) - m)
     parts = tl.load(Parts + of_part[:, None] * D + d[None, :], mask=(n < splits)[:, None] & (d < D)[None, :], other=0.)
     o = tl.sum(w[:, None] * parts, 0) / tl.where(l > 0, l, 1.)
-    tl.store(O + b * O_at[0] + t * O_at[1] + h * O_at[2] + d.to(tl.int64) * O_at[3], o.to(O.dtype.element_ty), mask=d < D)
+    here = O + b * O_at[0] + t * O_at[1] + h * O_at[2] + d.to(tl.int64) * O_at[3]
+    tl.store(here, o.to(O.dtype.element_ty), mask=d < D)
 
 
 # --- 4. The ops: the same for torch tensors, by the path of each device -----------------------------------------------
 #
-# On a GPU the kernels; on a CPU torch's scaled_dot_product_attention where it has the options, else rows of queries at a
-# time. Both of our paths are one op to torch.compile, which need not look inside.
+# On a GPU the kernels; on a CPU torch's scaled_dot_product_attention where it has the options, else rows of queries at
+# a time. Both of our paths are one op to torch.compile, which need not look inside.
 
-TILES = {  # (head size up to, bytes a number): BLOCK_M, BLOCK_N, warps, stages of forward, dq, dk dv; first fit counts
-    "cuda 80": {(64, 2): ((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-                (128, 2): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-                (256, 2): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))},
-    "cuda 90": {(64, 2): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-                (128, 2): ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
-                (256, 2): ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
-    "hip": {(64, 2): ((128, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 1)),
-            (128, 2): ((128, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-            (256, 2): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))},
-    "float32": {(128, 4): ((32, 32, 4, 1),) * 3, (256, 4): ((16, 16, 4, 1),) * 3},
+TILES = {  # by chip and head size: BLOCK_M, BLOCK_N, warps, stages, of the forward kernel, dq, and dk dv
+    "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+                128: ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+                256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))},
+    "cuda 90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+                128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+                256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "cuda 100": {64: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+                 128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+                 256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "hip": {128: ((128, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+            256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))},
+    "float32": {128: ((32, 32, 4, 1),) * 3, 256: ((16, 16, 4, 1),) * 3},     # ieee: multiplied without matrix units
+    "interpreter": {256: ((16, 16, 4, 1),) * 3},                             # small, so that a test has several
 }
 
 
-def _tiles(x):
-    """The row of TILES for x [..., D] on this chip, as launch options of forward, dq, and dk dv."""
+def _chip():
+    """The row of TILES for the chip that kernels run on."""
     if triton.knobs.runtime.interpret:
-        rows = {(256, 8): ((16, 16, 4, 1),) * 3}
-    elif x.element_size() == 4:
-        rows = TILES["float32"]
-    else:
-        target = triton.runtime.driver.active.get_current_target()
-        rows = TILES["hip" if target.backend == "hip" else "cuda 90" if target.arch >= 90 and target.arch < 120 else "cuda 80"]
-    sizes = next(row for (D, _), row in rows.items() if x.shape[-1] <= D)
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "hip"
+    return f"cuda {max(n for n in (80, 90, 100) if n <= max(target.arch, 80))}" if target.arch < 120 else "cuda 80"
+
+
+def _tiles(x):
+    """Launch options for x [..., D], of forward, dq, and dk dv."""
+    chip = _chip()
+    rows = TILES["float32" if chip != "interpreter" and x.element_size() == 4 else chip]
+    sizes = next(row for D, row in rows.items() if x.shape[-1] <= D)
     return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), size)) for size in sizes]
 
 
 def _owners(cu_seqlens, total, BLOCK):
-    """Which sequence each tile of a pack belongs to → ([tiles] or None, tiles in a head's row). Lengths stay on the chip:
-    sequence b gets the tiles from cu[b] // BLOCK + b on, one more than it may need.
+    """Which sequence each tile of a pack belongs to → ([tiles] or None, tiles of a head). No length is looked at, which
+    would be a wait: sequence b gets the tiles from cu[b] // BLOCK + b on, enough and at most one too many.
     """
     if cu_seqlens is None:
         return None, triton.cdiv(total, BLOCK)
@@ -638,7 +651,7 @@ def _forward_on_kernel(q, k, v, sinks, alibi, cu_q, cu_k, causal, window, softca
 def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, window, softcap, scale):
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     do = do if do.stride(-1) == 1 else do.contiguous()                       # that of a sum: one number, expanded
-    sinks2, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
+    _, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
     make = torch.empty_like if cu_q is None else torch.zeros_like
     dq, dk, dv, delta = make(q), make(k), make(v), make(lse)
     _, size_q, size_k = _tiles(q)
@@ -771,7 +784,7 @@ def _check(op, q, k, v, H, G, window, softcap, tensors):
     """What all three ops ask of their arguments; ValueError names the one that does not fit."""
     _floats(op, q=q, k=k, v=v)
     if G == 0 or H % G:
-        raise ValueError(f"{op}: the {H} heads of q {tuple(q.shape)} must be a multiple of the {G} of k {tuple(k.shape)}")
+        raise ValueError(f"{op}: q {tuple(q.shape)} has {H} heads, no multiple of the {G} of k {tuple(k.shape)}")
     if not 1 <= q.shape[-1] <= 256 and on_kernel(q):
         raise ValueError(f"{op}: the head size of q {tuple(q.shape)} must be 1 … 256")
     if window is not None and window < 1 or softcap is not None and softcap <= 0:
@@ -809,8 +822,8 @@ def flash_attention(q, k, v, causal=True, window=None, softcap=None, sinks=None,
     alibi    [H] slopes; −slope · distance is added to the scores, after the softcap
     scale    of q · k; 1/√D if None
 
-    A query that sees no key gives zeros, and zero gradients. Values at masked places must be finite (0 · NaN is NaN). The
-    same input gives the same bits, forward and backward. ValueError names the argument that does not fit. arXiv
+    A query that sees no key gives zeros, and zero gradients. Values at masked places must be finite (0 · NaN is NaN).
+    The same input gives the same bits, forward and backward. ValueError names the argument that does not fit. arXiv
     2205.14135 and 2307.08691, algorithms 1 and 2.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or len(k) != len(q) or k.shape[3] != q.shape[3]:
@@ -852,8 +865,8 @@ def flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, win
     _check(op, q, k, v, H, G, window, softcap, dict(sinks=sinks, alibi=alibi, **offsets))
     for (name, cu), total in zip(offsets.items(), (total_q, total_k)):
         if cu.ndim != 1 or len(cu) == 0 or cu.shape != cu_seqlens_q.shape or cu.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: {name} {tuple(cu.shape)} {cu.dtype} must be [B + 1] int32, as long as cu_seqlens_q "
-                             f"{tuple(cu_seqlens_q.shape)}")
+            raise ValueError(f"{op}: {name} {tuple(cu.shape)} {cu.dtype} must be [B + 1] int32, as long as "
+                             f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
         if cu.device.type == "cpu" and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > total):
             raise ValueError(f"{op}: {name} {cu.tolist()} must rise from 0 to at most {total}")
     heads = lambda x: x.transpose(0, 1)[None]                                # [tokens, ·, D] → [1, ·, tokens, D]
@@ -893,16 +906,16 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
     integers = k_pages.dtype == v_pages.dtype == torch.int8
     for name, x in scales.items():
         if (x is not None) != integers or integers and (x.shape != (P, page, G) or not x.is_floating_point()):
-            raise ValueError(f"{op}: pages {tuple(k_pages.shape)} {k_pages.dtype}, {v_pages.dtype} need {name} floating "
-                             f"[P, page, G] where they are int8 and none else, not "
+            raise ValueError(f"{op}: pages {tuple(k_pages.shape)} {k_pages.dtype}, {v_pages.dtype} need {name}, "
+                             f"floating [P, page, G], where they are int8, and none else, not "
                              f"{None if x is None else (tuple(x.shape), x.dtype)}")
     pages = (q, q) if integers else (k_pages, v_pages)
-    _check(op, q, *pages, H, G, window, softcap, dict(k_pages=k_pages, v_pages=v_pages, sinks=sinks, alibi=alibi, **places,
-                                                      **scales))
+    _check(op, q, *pages, H, G, window, softcap,
+           dict(k_pages=k_pages, v_pages=v_pages, sinks=sinks, alibi=alibi, **places, **scales))
     if block_table.ndim != 2 or len(block_table) != B or block_table.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: block_table {tuple(block_table.shape)} {block_table.dtype} must be [B, n] int32, B {B}")
+        raise ValueError(f"{op}: block_table {tuple(block_table.shape)} {block_table.dtype} must be [B = {B}, n] int32")
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: lengths {tuple(lengths.shape)} {lengths.dtype} must be [B] int32, B {B}")
+        raise ValueError(f"{op}: lengths {tuple(lengths.shape)} {lengths.dtype} must be [B = {B}] int32")
     if q.device.type == "cpu":
         n = block_table.shape[1]
         if ((lengths < 0) | (lengths > n * page)).any():
@@ -931,7 +944,8 @@ def _decode_in_torch(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale
     return o
 
 
-def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale):
+def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi,
+                      scale):
     (B, T, H, D), (_, page, G, _), n = q.shape, k_pages.shape, block_table.shape[1]
     sinks, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
     if triton.knobs.runtime.interpret:
@@ -960,7 +974,7 @@ def _multiprocessors(device):
 # --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
 
 def picture(T, S, causal=True, window=None, BLOCK_M=1, BLOCK_N=1):
-    """Which tiles are visited → lines of text, a row of queries each: whole █, at an edge and masked ▒, never read ·."""
+    """Which tiles are visited → lines of text, one for each tile of queries: whole █, masked ▒, never read ·."""
     lines = []
     for i0 in range(0, T, BLOCK_M):
         lo, full_lo, full_hi, hi = key_tiles(i0, T, S, window, causal, BLOCK_M, BLOCK_N)
@@ -990,7 +1004,7 @@ def show_growth(device, longest):
     H, D = 1, 64
     forms = [("naive", naive_attention), ("flash", flash_attention),
              ("window 512, softcap", lambda q, k, v: flash_attention(q, k, v, window=512, softcap=20.0))]
-    print(f"\nForward and backward, {H} head of {D}, float32, on {device}; bytes as a GPU moves them forward, in float16\n\n"
+    print(f"\nForward and backward, {H} head of {D}, float32, on {device}; moved: forward, in float16, by tiles\n\n"
           f"{'':6}{'moved in slow memory':>24}" + "".join(f"{name:>27}" for name, _ in forms)
           + f"\n{'T':>6}{'naive':>14}{'tiled':>10}" + f"{'time':>14}{'peak':>13}" * 3)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -1031,9 +1045,10 @@ def show_speed(longest):
     copied = torch.empty_like(source)
     product = 2 * 8192 ** 3 / 1e9 / milliseconds(lambda: a @ a)
     copy = 2 * source.nbytes / 1e6 / milliseconds(lambda: copied.copy_(source))
-    print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s, a copy moves "
-          f"{copy:,.0f} GB/s\nTFLOP/s forward and backward, 16,384 tokens, {2048} channels (scores above the diagonal not "
-          f"counted)\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}{'torch cuDNN':>18}")
+    print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s, a copy "
+          f"moves {copy:,.0f} GB/s\nTFLOP/s forward and backward, 16,384 tokens of 2,048 channels; what causality "
+          f"leaves out is not counted\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}"
+          f"{'torch cuDNN':>18}")
 
     def backend(which):
         def attend(q, k, v, causal):
@@ -1046,7 +1061,8 @@ def show_speed(longest):
         while T <= longest:
             B, H = max(1, 16384 // T), 2048 // D
             q, k, v, do = (randn(B, H, T, D) for _ in range(4))
-            work, line = 4 * B * H * T * T * D / (2 if causal else 1) / 1e9, f"{D:5}{'yes' if causal else 'no':>8}{T:8,}"
+            work = 4 * B * H * T * T * D / (2 if causal else 1) / 1e9        # GFLOP forward; / ms: TFLOP/s
+            line = f"{D:5}{'yes' if causal else 'no':>8}{T:8,}"
             for attend in forms:
                 try:
                     with torch.no_grad():
@@ -1060,14 +1076,15 @@ def show_speed(longest):
             T *= 2
 
     S, H, G, D, page = 32768, 32, 8, 128, 16
-    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}\n\n{'B':>5}{'pages':>12}{'GB/s':>10}"
-          f"{'of a copy':>12}")
+    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}\n\n{'B':>5}{'pages':>12}"
+          f"{'GB/s':>10}{'of a copy':>12}")
     for B in (1, 8, 64):
         table = torch.randperm(B * S // page, device="cuda").int().view(B, -1)
         lengths = torch.full((B,), S, dtype=torch.int32, device="cuda")
         for kind in (dtype, torch.int8):
             k, v = (torch.ones(B * S // page, page, G, D, dtype=kind, device="cuda") for _ in range(2))
-            scales = {n: torch.ones(k.shape[:3], device="cuda") for n in ("k_scale", "v_scale")} if kind != dtype else {}
+            names = ("k_scale", "v_scale") if kind == torch.int8 else ()
+            scales = {name: torch.ones(k.shape[:3], device="cuda") for name in names}
             q, moved = randn(B, H, D).detach(), 2 * k.nbytes + sum(s.nbytes for s in scales.values())
             rate = moved / 1e6 / milliseconds(lambda: flash_decode(q, k, v, table, lengths, **scales))
             print(f"{B:5}{str(kind)[6:]:>12}{rate:10,.0f}{rate / copy:12.0%}", flush=True)
@@ -1076,7 +1093,7 @@ def show_speed(longest):
 def main(argv=None):
     """Show which tiles attention visits, that leaving out the matrix changes nothing, and what it saves."""
     p = argparse.ArgumentParser(prog="flash.py", description=main.__doc__)
-    p.add_argument("--longest", type=int, default=16384, help="up to how many tokens to measure (16384; a GPU does 32768)")
+    p.add_argument("--longest", type=int, default=16384, help="the most tokens (16384; for speed on a GPU twice that)")
     longest = p.parse_args(argv).longest
     show_tiles()
 
@@ -1089,12 +1106,12 @@ def main(argv=None):
     y = flash_attention(*x, **options)
     op = [y, *torch.autograd.grad(y, x, torch.tensor(do, dtype=torch.float32))]
     off = lambda a, b: max(np.abs(s - t).max() / np.abs(t).max() for s, t in zip(a, b))
-    print(f"\nTiled against the whole matrix, output and gradients, relative: NumPy in float64 {off(*twins):.0e}, the op in "
-          f"float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
+    print(f"\nTiled against the whole matrix, output and gradients, relative: NumPy in float64 {off(*twins):.0e}, "
+          f"the op in float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_growth(device, longest)
     if device == "cuda":
-        show_speed(max(longest, 32768))
+        show_speed(2 * longest)
     return 0
 
 
