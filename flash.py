@@ -584,15 +584,15 @@ TILES = {  # by chip and head size: BLOCK_M, BLOCK_N, warps, stages, of the forw
     "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
                 128: ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
                 256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))},
-    "cuda 90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    "cuda 90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
                 128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
                 256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
-    "cuda 100": {64: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    "cuda 100": {64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
                  128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
                  256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
     "hip": {128: ((128, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
             256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))},
-    "float32": {128: ((32, 32, 4, 1),) * 3, 256: ((16, 16, 4, 1),) * 3},     # ieee: multiplied without matrix units
+    "float32": {256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},      # ieee: multiplied without matrix units
     "interpreter": {256: ((16, 16, 4, 1),) * 3},                             # small, so that a test has several
 }
 
@@ -952,7 +952,7 @@ def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scal
         BLOCK_M, BLOCK_N, full = 16, 16, 4 * B * G
     else:
         BLOCK_M = min(64, max(16, triton.next_power_of_2(T * H // G)))
-        BLOCK_N, full = 64 if D <= 128 else 32, 4 * _multiprocessors(q.device)
+        BLOCK_N, full = 64 if D <= 128 and _chip() != "hip" else 32, 4 * _multiprocessors(q.device)
     tiles = triton.cdiv(T * H // G, BLOCK_M)
     splits = max(1, min(full // (B * G * tiles), triton.cdiv(n * page, 4 * BLOCK_N), 128))           # enough to fill it
     parts, lse = torch.empty(splits, B, T, H, D, device=q.device), torch.empty(splits, B, T, H, device=q.device)
