@@ -902,7 +902,8 @@ def test_flash_memory_grows_with_T_and_not_with_its_square(options):
     for T in (512, 2048):
         x = [torch.randn(1, 2, T, 16) for _ in range(3)]
         peaks.append(A._peak_megabytes(lambda: gradients(lambda *t: Fl.flash_attention(*t, **options), *x), "cpu"))
-    assert 0 < peaks[1] < 5 * peaks[0] + 1 and peaks[1] < 4 * 2 * 2048 ** 2 / 2 ** 20 / 2
+    assert 0 < peaks[1] < 5 * peaks[0] + 1                                   # for four times the tokens;
+    assert peaks[1] < 4 * 2 * 2048 ** 2 / 2 ** 20                            # one matrix of scores would be more
 
 
 def test_flash_is_one_op_to_the_compiler():
@@ -999,9 +1000,6 @@ def launch(target):
     pages, table, lengths = t(9, 16, 2, D), torch.zeros(2, 2048, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     Fl.flash_decode(t(2, 16, D), pages, pages, table, lengths)
     Fl.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths, torch.ones(9, 16, 2), torch.ones(9, 16, 2))
-    if target.arch == 90:                                                    # all options at once, packed
-        cu, options = torch.tensor([0, 4096], dtype=torch.int32), dict(window=9, softcap=2.0, sinks=torch.ones(4), alibi=torch.ones(4))
-        Fl.flash_attention_varlen(t(4096, 4, D), t(4096, 2, D), t(4096, 2, D), cu, cu, **options).sum().backward()
 """
 
 
