@@ -948,7 +948,7 @@ def decode(q=torch.zeros(1, 2, 4), k=PAGES, v=PAGES, table=OFFSETS[None] // 2, l
     (lambda t: Fl.flash_attention(ROW, ROW, ROW, sinks=t(2)), "sinks"),
     (lambda t: Fl.flash_attention(ROW, ROW, ROW, alibi=t(1).int()), "alibi .*int32"),
     (lambda t: Fl.flash_attention_varlen(ROW, ROW, ROW, OFFSETS, OFFSETS), "q "),
-    (lambda t: Fl.flash_attention_varlen(ROW[0], ROW[0], ROW[0], OFFSETS + 1, OFFSETS), "cu_seqlens_q"),
+    (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, OFFSETS + 1, OFFSETS), "cu_seqlens_q .*1, 3"),
     (lambda t: Fl.flash_attention_varlen(*[t(3, 1, 4)] * 3, OFFSETS, OFFSETS * 3), "cu_seqlens_k .*6.* 3"),
     (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, packed([3, -1]), packed([3, 2])), "cu_seqlens_q"),
     (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, packed([3]), packed([3, 2])), "cu_seqlens_k"),
