@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import attention as A
+import flash as Fl
 import infer
 import train
 
@@ -422,7 +423,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-import attention as A
+import attention as A, flash as Fl
 
 class NoDevice:
     def __init__(self, number, target): self.number, self.target = number, target
@@ -434,26 +435,37 @@ made, run = [], JITFunction.run
 def compile_only(kernel, *args, grid, warmup, **options):
     made.append((kernel.__name__, run(kernel, *args, grid=grid, warmup=True, **options)))
 JITFunction.run = compile_only
-A.on_kernel = lambda x: True
+A.on_kernel = Fl.on_kernel = lambda x: True
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-def spills(kernel):
+def numbers(name, kernel):
     if "amdgcn" in kernel.asm:
-        found = re.findall(r"\\.([vs]gpr_spill_count):\\s*(\\d+)", kernel.asm["amdgcn"])
+        text = kernel.asm["amdgcn"]
+        found, matrix = re.findall(r"\\.([vs]gpr_spill_count|private_segment_fixed_size):\\s*(\\d+)", text), "v_mfma"
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(kernel.asm["cubin"])
             f.flush()
             tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
-        found = re.findall(r"(STACK|LOCAL):(\\d+)", text)
-    assert found
-    return sum(int(n) for _, n in found)
+            usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+        found = re.findall(r"(STACK|LOCAL):(\\d+)", usage)
+        text, matrix = kernel.asm["ptx"], MATRIX[kernel.metadata.target.arch]
+    assert found                                                             # a scalar register goes to a vector one
+    return dict(name=name, memory=sum(int(n) for kind, n in found if kind != "sgpr_spill_count"),
+                scalar=sum(int(n) for kind, n in found if kind == "sgpr_spill_count"),
+                matrix=text.count(matrix), small=text.count("mma.sync"), shared=kernel.metadata.shared)
 
 targets = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32),
            GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx950", 64)]
 for number, target in enumerate(targets):
     driver.set_active(NoDevice(number, target))
     made.clear()
+    launch(target)
+    print(json.dumps([str(target.arch), [numbers(*kernel) for kernel in made]]))
+"""
+
+AHEAD_ATTENTION = """
+def launch(target):
     for dtype, sizes in (torch.bfloat16, (64, 4096, 16384)), (torch.float32, (4096,)):
         t = lambda *shape: torch.zeros(shape, dtype=dtype, requires_grad=True)
         for C in sizes:
@@ -465,24 +477,30 @@ for number, target in enumerate(targets):
             options = dict(softcap=2.0, alibi=torch.ones(2), window=9, mask=torch.ones(1, S, dtype=torch.bool))
             A.attention(t(1, 2, 1, 16), t(1, 1, S, 16), t(1, 1, S, 16), **options).sum().backward()
         A.linear_cross_entropy(t(4, 8), t(131072, 8), torch.zeros(4, dtype=torch.long)).backward()
-    print(json.dumps([str(target.arch), sorted({name for name, _ in made}), sum(spills(k) for _, k in made)]))
 """
 
 
-def test_kernels_compile_ahead_for_every_target_without_spills(tmp_path):
-    """The kernels that the ops launch, for chips that are not there; registers that overflow would show as spills."""
+def ahead(launch, module, helpers, tmp_path):
+    """The kernels that `launch` has a module's ops launch, compiled for chips that are not there → {chip: rows}."""
     if not A.triton:
         pytest.skip("Triton is not installed: the kernels run on Linux")
-    done = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, cwd=HERE,
+    done = subprocess.run([sys.executable, "-c", launch + AHEAD], capture_output=True, text=True, cwd=HERE,
                           env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [arch for arch, _, _ in rows] == ["80", "90", "100", "gfx942", "gfx950"]
+    rows = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert list(rows) == ["80", "90", "100", "gfx942", "gfx950"]
     kind = A.triton.runtime.interpreter.InterpretedFunction
-    kernels = {name for name, kernel in vars(A).items() if isinstance(kernel, kind)}
-    helpers = {"_tanh", "_rotate_heads"}                                     # called by kernels, no kernels themselves
-    for _, names, spills in rows:
-        assert set(names) == kernels - helpers and spills == 0
+    own = lambda k: isinstance(k, kind) and k.fn.__module__ == module.__name__
+    kernels = {k.fn.__name__ for k in vars(module).values() if own(k)}
+    for made in rows.values():
+        assert {kernel["name"] for kernel in made} == kernels - helpers
+    return rows
+
+
+def test_kernels_compile_ahead_for_every_target_without_spills(tmp_path):
+    """Registers that overflow would show as spills."""
+    for made in ahead(AHEAD_ATTENTION, A, {"_tanh", "_rotate_heads"}, tmp_path).values():
+        assert not any(kernel["memory"] or kernel["scalar"] for kernel in made)
 
 
 def test_without_triton_torch_serves():
@@ -644,6 +662,372 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     changed = tokens.clone()
     changed[:, 6:] = 0                                                       # causal: later ones change nothing before
     close(model(changed)[:, :6].detach(), together[:, :6].detach(), 1e-6)
+
+
+# --- 1b. flash.py: the same attention with no matrix of scores, packed, paged, in memory that grows with T ------------
+
+SEES = [{}, dict(causal=False), dict(window=5), dict(softcap=2.0), dict(sinks=True), dict(alibi=True), dict(scale=-0.3),
+        dict(causal=False, window=2), dict(causal=False, softcap=15.0, alibi=True),
+        dict(window=20, softcap=1.0, sinks=True, alibi=True, scale=1.5)]
+FLASH_SHAPES = [(1, 1, 1, 1, 1, 2), (1, 4, 2, 5, 37, 10), (2, 2, 1, 33, 7, 16), (1, 1, 1, 40, 40, 20)]
+RAGGED = dict(BLOCK_M=8, BLOCK_N=6)                                           # tiles of the NumPy twin: several, ragged
+
+
+def flash_case(op, twin, backward, q, k, v, *rest, dtype=torch.float32, sinks=None, alibi=None, **options):
+    """`is_twin` for an op of flash.py; sinks are a tensor with a gradient."""
+    H = q.shape[1] if q.ndim == 4 else q.shape[-2]
+    if alibi:
+        options["alibi"] = torch.as_tensor(A.alibi_slopes_numpy(H))
+    more = [randn(H, seed=5)] if sinks else []
+    numbers = [t.numpy() for t in rest]
+    named = lambda f, rest, **fixed: lambda q, k, v, *sinks, **o: f(
+        q, k, v, *rest, **({"sinks": sinks[0]} if sinks else {}), **o, **fixed)
+    is_twin(named(op, rest), named(twin, numbers, **RAGGED), named(backward, numbers, **RAGGED), q, k, v, *more,
+            dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("T,S", [(1, 1), (5, 5), (7, 3), (3, 17), (12, 12)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_visited_tiles_hold_all_that_is_seen_and_whole_ones_nothing_else(T, S, causal, window):
+    distance = np.arange(T)[:, None] + S - T - np.arange(S)
+    seen = (distance >= 0) | (not causal)
+    seen = seen if window is None else seen & (distance < window)
+    for M, N in ((1, 1), (4, 2), (3, 5), (16, 16)):
+        for matrix, tiles, rows, columns, m, n in ((seen, Fl.key_tiles, T, S, M, N),
+                                                   (seen.T, Fl.query_tiles, S, T, N, M)):
+            for i0 in range(0, rows, m):
+                lo, full_lo, full_hi, hi = tiles(i0, T, S, window, causal, M, N)
+                assert 0 <= lo <= full_lo <= full_hi and lo % n == full_lo % n == full_hi % n == 0
+                visited = set(range(lo, full_lo, n)) | set(range(full_lo, full_hi, n)) | set(range(full_hi, hi, n))
+                for j0 in range(0, columns, n):
+                    tile = matrix[i0:i0 + m, j0:j0 + n]
+                    assert (j0 in visited) == tile.any()
+                    assert j0 not in range(full_lo, full_hi, n) or tile.all() and tile.shape[1] == n
+
+
+@pytest.mark.parametrize("options", SEES, ids=str)
+@pytest.mark.parametrize("B,H,G,T,S,D", FLASH_SHAPES)
+def test_flash_numpy_is_attention_and_has_its_slope(B, H, G, T, S, D, options):
+    options, sinks = dict(options), options.get("sinks")
+    options.pop("sinks", None)
+    if options.get("alibi"):
+        options["alibi"] = A.alibi_slopes_numpy(H)
+    q, k, v = array(B, H, T, D), array(B, G, S, D, seed=1), array(B, G, S, D, seed=2)
+    close(Fl.flash_attention_numpy(q, k, v, **options, **RAGGED), A.attention_numpy(q, k, v, **options), 1e-12)
+    named = lambda f: lambda q, k, v, *s, **o: f(q, k, v, **({"sinks": s[0]} if s else {}), **o, **options, **RAGGED)
+    has_slope(named(Fl.flash_attention_numpy), named(Fl.flash_attention_backward_numpy), q, k, v,
+              *([array(H, seed=5)] if sinks else []))
+
+
+def test_a_sink_is_a_key_without_a_value():
+    q, k, v, sinks = array(1, 2, 3, 4), array(1, 2, 5, 4, seed=1), array(1, 2, 5, 4, seed=2), array(2, seed=3)
+    s = q @ k.swapaxes(-1, -2) / 2
+    p = np.exp(s)
+    close(Fl.flash_attention_numpy(q, k, v, False, sinks=sinks), p / (p.sum(-1, keepdims=True) + np.exp(
+        sinks[:, None, None])) @ v, 1e-12)
+
+
+@pytest.mark.parametrize("options", SEES, ids=str)
+@pytest.mark.parametrize("B,H,G,T,S,D", FLASH_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_flash_attention_is_its_twin(B, H, G, T, S, D, options, dtype, path):
+    flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, randn(B, H, T, D),
+               randn(B, G, S, D, seed=1), randn(B, G, S, D, seed=2), dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("D", [1, 72, 100, 192, 256])
+def test_flash_attention_at_every_head_size(D, path):
+    flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, randn(1, 2, 19, D),
+               randn(1, 1, 23, D, seed=1), randn(1, 1, 23, D, seed=2), window=18, sinks=True)
+
+
+def packed(lengths):
+    return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+
+
+PACKS = [([5, 0, 4], [5, 0, 4]), ([0, 18, 9, 1], [3, 18, 4, 33]), ([2, 3], [0, 5]), ([0, 0], [4, 0])]
+
+
+@pytest.mark.parametrize("options", [SEES[0], SEES[1], SEES[-1]], ids=str)
+@pytest.mark.parametrize("T,S", PACKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_pack_is_its_sequences(T, S, options, dtype, path):
+    """Empty pieces, equal offsets, keys without queries, queries without keys; rows after the last sequence."""
+    spare = 20 if sum(T) % 2 else 0
+    q, k, v = (randn(sum(n) + spare, heads, 10, seed=i) for i, (n, heads) in enumerate(((T, 2), (S, 1), (S, 1))))
+    flash_case(Fl.flash_attention_varlen, Fl.flash_attention_varlen_numpy, Fl.flash_attention_varlen_backward_numpy, q,
+               k, v, packed(T), packed(S), dtype=dtype, **options)
+
+
+def test_rows_past_the_last_offset_may_hold_anything_and_are_zero(path):
+    x = [randn(9, 2, 4, seed=i, dtype=torch.float32) for i in range(3)]
+    for t in x:
+        t[6:] = torch.nan
+    sinks, cu = torch.zeros(2, requires_grad=True), packed([4, 2])
+    (y,), grads = gradients(lambda q, k, v: Fl.flash_attention_varlen(q, k, v, cu, cu, sinks=sinks), *x)
+    assert all((t[6:] == 0).all() and t.isfinite().all() for t in (y, *grads, sinks.grad))
+
+
+def paged(k, v, lengths, page, spare=2, int8=False):
+    """k, v [B, S, G, D] → pages in random order, scales or None, and the table; what no key stands in is NaN."""
+    B, S, G, D = k.shape
+    n = -(-S // page)
+    rng = np.random.default_rng(1)
+    table = rng.permutation(B * n + spare)[:B * n].reshape(B, n).astype(np.int32)
+    pages = np.full((2, B * n + spare, page, G, D), np.nan)
+    for b in range(B):
+        for j in range(lengths[b]):
+            for x, where in zip((k, v), pages):
+                where[table[b, j // page], j % page] = x[b, j]
+        table[b, -(-lengths[b] // page):] = -77                              # entries past a length
+    if not int8:
+        return pages, [None, None], table
+    scales = np.abs(pages).max(-1) / 127
+    return np.nan_to_num(np.round(pages / scales[..., None]), nan=99).astype(np.int8), scales, table
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=5), dict(sinks=True),
+                                     dict(window=20, softcap=1.0, sinks=True, alibi=True, scale=1.5)], ids=str)
+@pytest.mark.parametrize("T,page,int8", [(None, 4, False), (None, 7, True), (1, 7, False), (5, 4, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_from_pages_is_attention(options, T, page, int8, dtype, path):
+    """Lengths of nothing, less than T, a page and a bit, all; T last queries each, or one."""
+    B, H, G, D, lengths = 4, 4, 2, 10, np.array([0, 3, 30, 41])
+    heads = lambda x: x.swapaxes(1, 2)
+    q = array(B, T or 1, H, D)
+    k, v = array(B, 41, G, D, seed=1), array(B, 41, G, D, seed=2)
+    if dtype == torch.float16:
+        q, k, v = (x.astype(np.float16).astype(float) for x in (q, k, v))
+    options = {n: A.alibi_slopes_numpy(H) if n == "alibi" else array(H, seed=5) if n == "sinks" else o
+               for n, o in options.items()}
+    pages, scales, table = paged(k, v, lengths, page, int8=int8)
+    wanted = np.zeros_like(q)
+    for b, n in enumerate(lengths):
+        real = [np.stack([x[table[b, j // page], j % page].astype(float) * (1 if s is None else s[
+            table[b, j // page], j % page][:, None]) for j in range(n)]) if n else np.zeros((0, G, D))
+            for x, s in zip(pages, scales)]
+        wanted[b:b + 1] = heads(Fl.flash_attention_numpy(heads(q[b:b + 1]), *(heads(x[None]) for x in real), **options))
+    q, wanted = (q[:, 0], wanted[:, 0]) if T is None else (q, wanted)
+    named = {n: s for n, s in zip(("k_scale", "v_scale"), scales) if s is not None} | options
+    for splits in (1, 3):
+        close(Fl.flash_decode_numpy(q, *pages, table, lengths, **named, splits=splits), wanted, 1e-12)
+    tensor = lambda x: torch.as_tensor(x) if x.dtype == np.int8 else torch.as_tensor(x).to(dtype)
+    got = Fl.flash_decode(tensor(q), *map(tensor, pages), torch.as_tensor(table), torch.as_tensor(lengths).int(),
+                          **{n: tensor(o) if isinstance(o, np.ndarray) else o for n, o in named.items()})
+    assert got.shape == q.shape and got.dtype == dtype
+    close(got, wanted, EXACT[dtype] * (2 if int8 else 1))                    # the scales are rounded too
+
+
+def test_flash_takes_tensors_as_they_lie_and_keeps_the_bits(path):
+    """Halves of one product, numbers two apart, an expanded batch; and head size 72 in float16 four times."""
+    q, k, v = randn(1, 19, 4, 8).transpose(1, 2).split([2, 1, 1], dim=1)
+    flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, q, k, v, softcap=3.0)
+    apart = lambda *shape: randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, apart(2, 2, 19, 8),
+               randn(1, 2, 21, 8).expand(2, 2, 21, 8), apart(2, 2, 21, 8), window=9)
+    q, k, v = (randn(1, 1, 24, 72, seed=i).half() for i in range(3))
+    runs = [gradients(lambda *x: Fl.flash_attention(*x, window=9), q, k, v) for _ in range(4)]
+    for (y,), grads in runs:
+        assert torch.equal(y, runs[0][0][0]) and all(map(torch.equal, grads, runs[0][1]))
+
+
+def test_flash_with_large_scores(path):
+    """Scores of ±1e4: the winner takes all, nothing overflows, and the error is that of the scores."""
+    q, k, v = randn(1, 2, 20, 8) * 100, randn(1, 2, 20, 8, seed=1) * 100, randn(1, 2, 20, 8, seed=2)
+    for options in (dict(scale=1.0), dict(scale=1.0, softcap=1e4), dict(scale=1.0, sinks=torch.tensor([1e4, -1e4]))):
+        (y,), grads = gradients(lambda *x: Fl.flash_attention(*x, **options), q.float(), k.float(), v.float())
+        numpy_options = {n: o.numpy() if torch.is_tensor(o) else o for n, o in options.items()}
+        arrays = [t.float().double().numpy() for t in (q, k, v)]
+        close(y, Fl.flash_attention_numpy(*arrays, **numpy_options), 2e-6 * 1e4)
+        dy = randn(1, 2, 20, 8, seed=9).float().double().numpy()
+        for got, want in zip(grads, Fl.flash_attention_backward_numpy(*arrays, **numpy_options, grad=dy)):
+            close(got, want, 2e-6 * 1e4)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_flash_with_nothing_to_see(sinks, path):
+    for B, T, S in ((1, 0, 3), (1, 3, 0), (0, 2, 2)):
+        more = [randn(2)] * sinks
+        (y,), grads = gradients(lambda q, k, v, *s: Fl.flash_attention(q, k, v, sinks=s[0] if s else None),
+                                randn(B, 2, T, 4), randn(B, 1, S, 4), randn(B, 1, S, 4), *more)
+        assert y.shape == (B, 2, T, 4) and (y == 0).all() and all((g == 0).all() for g in grads)
+        y = Fl.flash_attention_numpy(np.zeros((B, 2, T, 4)), np.zeros((B, 1, S, 4)), np.zeros((B, 1, S, 4)))
+        assert y.shape == (B, 2, T, 4) and (y == 0).all()
+    q, k = (randn(1, 2, n, 4, dtype=torch.float32) for n in (5, 2))          # the first three see nothing
+    (y,), (dq, *_) = gradients(Fl.flash_attention, q, k, k)
+    assert (y[:, :, :3] == 0).all() and (dq[:, :, :3] == 0).all() and (y[:, :, 3:] != 0).all()
+
+
+def gradients_as_they_lie(op, *tensors):
+    """Output and gradients, the tensors not copied."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    y = op(*tensors)
+    return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
+
+
+def test_flash_offsets_may_pass_two_to_the_31(monkeypatch):
+    """Tokens and pages so far apart that offsets wrap in int32: memory that is reserved, and hardly touched."""
+    if not A.triton:
+        pytest.skip("Triton is not installed: the kernels run on Linux")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reserved = torch.empty(2 ** 31 + 64, dtype=torch.float16)
+    far = reserved.as_strided((1, 1, 3, 16), (0, 0, 2 ** 30, 1))
+    far.copy_(randn(1, 1, 3, 16))
+    near = far.clone()
+    for layout in (lambda t: t, lambda t: t.transpose(0, 2)):                # far apart in tokens, and in sequences
+        a, b = (gradients_as_they_lie(Fl.flash_attention, *[layout(t)] * 3) for t in (far, near))
+        assert all(map(torch.equal, a, b))
+    pages = lambda t: t.permute(2, 0, 1, 3)                                  # [P, page 1, G 1, D]
+    table, lengths = torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    q = randn(1, 1, 16).half()
+    assert torch.equal(*(Fl.flash_decode(q, pages(t), pages(t), table, lengths) for t in (far, near)))
+
+
+def test_bytes_moved_are_those_the_loops_move():
+    """The formula beside a count of what the NumPy twin reads and writes, tile for tile."""
+    class Counted(np.ndarray):
+        moved = 0
+
+        def __getitem__(self, key):                                          # an assignment comes here first, so that o
+            x = np.asarray(self)[key]                                        # is counted too
+            Counted.moved += x.nbytes
+            return x
+    for T, S, causal, window in ((64, 64, True, None), (50, 70, True, 20), (30, 41, False, None)):
+        B, H, G, D, size = 2, 4, 2, 8, 8
+        q, k, v = (array(*shape).view(Counted) for shape in ((B, H, T, D), (B, G, S, D), (B, G, S, D)))
+        Counted.moved = 0
+        Fl.flash_attention_numpy(q, k, v, causal, window, BLOCK_M=16, BLOCK_N=8)
+        naive, tiled = Fl.bytes_moved(B, H, G, T, S, D, causal, window, size, 16, 8)
+        assert tiled == Counted.moved + 4 * B * H * T and naive > 4 * B * H * T * S * size
+    naive, tiled = Fl.bytes_moved(1, 1, 1, 2 ** 14, 2 ** 14, 64)
+    assert naive > 7 * tiled
+
+
+@pytest.mark.parametrize("options", [{}, dict(softcap=5.0), dict(window=100, alibi=True)], ids=str)
+def test_flash_memory_grows_with_T_and_not_with_its_square(options):
+    if options.get("alibi"):
+        options = options | dict(alibi=torch.ones(2))
+    peaks = []
+    for T in (512, 2048):
+        x = [torch.randn(1, 2, T, 16) for _ in range(3)]
+        peaks.append(A._peak_megabytes(lambda: gradients(lambda *t: Fl.flash_attention(*t, **options), *x), "cpu"))
+    assert 0 < peaks[1] < 5 * peaks[0] + 1                                   # for four times the tokens;
+    assert peaks[1] < 4 * 2 * 2048 ** 2 / 2 ** 20                            # one matrix of scores would be more
+
+
+def test_flash_is_one_op_to_the_compiler():
+    q, k, v = (randn(1, 2, 20, 8, seed=i, dtype=torch.float32) for i in range(3))
+    sinks = randn(2, dtype=torch.float32)
+    op = lambda q, k, v, s: Fl.flash_attention(q * 2, k, v, window=7, sinks=s) + 1
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(op, q, k, v, sinks), gradients(compiled, q, k, v, sinks)):
+        assert all(map(torch.equal, a, b))
+
+
+def test_flash_under_autocast_runs_in_its_dtype():
+    q, k, v = (randn(1, 2, 20, 8, seed=i, dtype=torch.float32) for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = Fl.flash_attention(q, k.bfloat16(), v.bfloat16(), window=7)
+    assert y.dtype == torch.bfloat16
+    close(y.float(), Fl.flash_attention(q, k, v, window=7), 2e-2)
+
+
+ROW = torch.zeros(1, 1, 2, 4)
+OFFSETS = torch.tensor([0, 2], dtype=torch.int32)
+PAGES = torch.zeros(3, 4, 1, 4)
+
+
+def decode(q=torch.zeros(1, 2, 4), k=PAGES, v=PAGES, table=OFFSETS[None] // 2, lengths=OFFSETS[1:], **options):
+    return Fl.flash_decode(q, k, v, table, lengths, **options)
+
+
+@pytest.mark.parametrize("call,name", [
+    (lambda t: Fl.flash_attention(t(3, 2, 4), ROW, ROW), "q .*3, 2, 4"),
+    (lambda t: Fl.flash_attention(ROW, ROW, t(1, 1, 3, 4)), "v .*1, 1, 3, 4"),
+    (lambda t: Fl.flash_attention(ROW, t(2, 1, 2, 4), t(2, 1, 2, 4)), "k .*2, 1, 2, 4"),
+    (lambda t: Fl.flash_attention(t(1, 3, 2, 4), t(1, 2, 2, 4), t(1, 2, 2, 4)), "3 heads"),
+    (lambda t: Fl.flash_attention(ROW, t(1, 0, 2, 4), t(1, 0, 2, 4)), "heads"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW.half()), "v .*float16"),
+    (lambda t: Fl.flash_attention(ROW.int(), ROW.int(), ROW.int()), "q .*int32"),
+    (lambda t: Fl.flash_attention(ROW, ROW.to("meta"), ROW), "k .*meta"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, sinks=t(1).to("meta")), "sinks .*meta"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, window=0), "window .*0"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, window=-1), "window .*-1"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, softcap=0.0), "softcap .*0"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, sinks=t(2)), "sinks"),
+    (lambda t: Fl.flash_attention(ROW, ROW, ROW, alibi=t(1).int()), "alibi .*int32"),
+    (lambda t: Fl.flash_attention_varlen(ROW, ROW, ROW, OFFSETS, OFFSETS), "q "),
+    (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, OFFSETS + 1, OFFSETS), "cu_seqlens_q .*1, 3"),
+    (lambda t: Fl.flash_attention_varlen(*[t(3, 1, 4)] * 3, OFFSETS, OFFSETS * 3), "cu_seqlens_k .*6.* 3"),
+    (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, packed([3, -1]), packed([3, 2])), "cu_seqlens_q"),
+    (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, packed([3]), packed([3, 2])), "cu_seqlens_k"),
+    (lambda t: Fl.flash_attention_varlen(*[t(9, 1, 4)] * 3, packed([3]).float(), packed([3])), "cu_seqlens_q .*float"),
+    (lambda t: decode(t(1, 4)), "q "),
+    (lambda t: decode(t(1, 2, 5)), "k_pages"),
+    (lambda t: decode(v=t(2, 4, 1, 4)), "v_pages"),
+    (lambda t: decode(k=PAGES.half()), "float16"),
+    (lambda t: decode(k=PAGES.char(), v=PAGES.char()), "k_scale"),
+    (lambda t: decode(k=PAGES.char(), v=PAGES.char(), k_scale=t(3, 4, 1), v_scale=t(3, 4)), "v_scale.*3, 4"),
+    (lambda t: decode(k_scale=t(3, 4, 1)), "k_scale"),
+    (lambda t: decode(table=torch.zeros(2, 2, dtype=torch.int32)), "block_table"),
+    (lambda t: decode(table=t(1, 2)), "block_table"),
+    (lambda t: decode(table=torch.tensor([[3, 0]], dtype=torch.int32)), "block_table"),
+    (lambda t: decode(table=torch.tensor([[-1, 0]], dtype=torch.int32)), "block_table"),
+    (lambda t: decode(lengths=torch.tensor([9], dtype=torch.int32)), "lengths .*9"),
+    (lambda t: decode(lengths=torch.tensor([-1], dtype=torch.int32)), "lengths"),
+    (lambda t: decode(lengths=OFFSETS), "lengths"),
+    (lambda t: decode(window=0), "window"),
+    (lambda t: decode(sinks=t(3)), "sinks"),
+])
+def test_wrong_arguments_of_flash_are_named(call, name, path):
+    with pytest.raises(ValueError, match=name):
+        call(lambda *shape: torch.randn(*shape))
+
+
+@settings(FAST, max_examples=8, derandomize=True)
+@given(st.data())
+def test_flash_kernels_at_random_shapes_and_options(data):
+    if not A.triton:
+        pytest.skip("Triton is not installed: the kernels run on Linux")
+    whole = lambda lo, hi: data.draw(st.integers(lo, hi))
+    G, T, S, D = whole(1, 2), whole(1, 40), whole(1, 40), whole(1, 40)
+    H = G * whole(1, 2)
+    options = dict(causal=data.draw(st.booleans()), window=data.draw(st.sampled_from([None, whole(1, 40)])),
+                   softcap=data.draw(st.sampled_from([None, 5.0, 30.0])), sinks=data.draw(st.booleans()),
+                   alibi=data.draw(st.booleans()), scale=data.draw(st.sampled_from([None, 0.5, -0.1])))
+    with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
+        patch.setenv("TRITON_INTERPRET", "1")
+        flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, randn(1, H, T, D),
+                   randn(1, G, S, D, seed=1), randn(1, G, S, D, seed=2),
+                   dtype=data.draw(st.sampled_from([torch.float32, torch.float16])), **options)
+
+
+AHEAD_FLASH = """
+def launch(target):
+    D, t = 128, lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    Fl.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D), t(1, 2, 4096, D)).sum().backward()
+    pages, table, lengths = t(9, 16, 2, D), torch.zeros(2, 2048, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    Fl.flash_decode(t(2, 16, D), pages, pages, table, lengths)
+    Fl.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths, torch.ones(9, 16, 2), torch.ones(9, 16, 2))
+"""
+
+
+def test_flash_kernels_compile_ahead_fit_and_use_the_matrix_units(tmp_path):
+    """No register in memory at D = 128, each chip's own matrix instructions, shared memory that a program may have."""
+    helpers = {"key_tiles", "query_tiles", "_program", "_sequence", "_load", "_store", "_dot", "_scores",
+               "_softmax_step", "_finish"}
+    room = {"80": 163, "90": 227, "100": 227, "gfx942": 64, "gfx950": 160}
+    for chip, made in ahead(AHEAD_FLASH, Fl, helpers, tmp_path).items():
+        for kernel in made:
+            assert kernel["memory"] == 0 and kernel["shared"] <= room[chip] * 1024
+            few = kernel["small"] if kernel["name"] == "_flash_decode" else 0                        # rows: 16, not 64
+            assert kernel["matrix"] or few or kernel["name"] == "_flash_merge"
+
+
+def test_flash_proves_its_claims():
+    code, out, _ = run(Fl, "--longest", 1024)
+    assert code == 0 and "█" in out
 
 
 # --- 2. train.load: Hugging Face folders in, ours out, with transformers as the judge ---------------------------------

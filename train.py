@@ -55,7 +55,8 @@ try:
 except ImportError:                                                          # Windows
     fcntl = None
 
-from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, linear_cross_entropy
+from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, attention, linear_cross_entropy
+from flash import flash_attention
 
 
 class UserError(ValueError):
@@ -692,6 +693,11 @@ def parse_rope(raw, D):
     return torch.tensor(inv_freq, dtype=torch.float32), float(attention_factor)
 
 
+def attend(q, k, v, **options):
+    """The attention of every block: on a GPU flash.py's, which never stores the scores."""
+    return (flash_attention if q.is_cuda else attention)(q, k, v, **options)
+
+
 class Model(nn.Module):
     """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block (`new_states`)."""
 
@@ -702,7 +708,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(c.vocab, c.dim)
         self.blocks = nn.ModuleList(
             Block(Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary,
-                            c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps),
+                            c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps, attend),
                   MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) for window in c.windows)
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
