@@ -664,7 +664,7 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     close(model(changed)[:, :6].detach(), together[:, :6].detach(), 1e-6)
 
 
-# --- 1b. flash.py: the same attention with no matrix of scores, packed, paged, in memory that grows with T ------------
+# --- 2. flash.py: the same attention with no matrix of scores, packed, paged, in memory that grows with T -------------
 
 SEES = [{}, dict(causal=False), dict(window=5), dict(softcap=2.0), dict(sinks=True), dict(alibi=True), dict(scale=-0.3),
         dict(causal=False, window=2), dict(causal=False, softcap=15.0, alibi=True),
@@ -1030,7 +1030,7 @@ def test_flash_proves_its_claims():
     assert code == 0 and "█" in out
 
 
-# --- 2. train.load: Hugging Face folders in, ours out, with transformers as the judge ---------------------------------
+# --- 3. train.load: Hugging Face folders in, ours out, with transformers as the judge ---------------------------------
 
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=97, max_position_embeddings=64)
@@ -1226,7 +1226,7 @@ def test_our_folder_loads_in_transformers(trained):
     assert [library.eos_token_id] == tokenizer.eos_ids
 
 
-# --- 3. train.py: text and tokens -------------------------------------------------------------------------------------
+# --- 4. train.py: text and tokens -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def bpe(corpus):
@@ -1406,7 +1406,7 @@ def test_windows_cover_an_epoch_once_and_are_a_function_of_their_number():
     assert train.window_starts(np.arange(18), 16, 0, 5, 4)                   # barely one window
 
 
-# --- 4. train.py: training --------------------------------------------------------------------------------------------
+# --- 5. train.py: training --------------------------------------------------------------------------------------------
 
 def test_orthogonalize_makes_all_directions_alike():
     x = randn(3, 24, 40, dtype=torch.float32) @ torch.diag(torch.logspace(0, -1.5, 40))
@@ -1737,7 +1737,7 @@ def test_data_that_is_no_data(tmp_path):
         assert code == 2 and word in err and "Traceback" not in err, err
 
 
-# --- 5. infer.py: sampling, text, generation --------------------------------------------------------------------------
+# --- 6. infer.py: sampling, text, generation --------------------------------------------------------------------------
 
 def requests_of(*settings_, prompt=(1, 2, 3), seed=0):
     return [infer.Request(list(prompt), infer.Sampling(**s), s.get("seed", seed), 0, 10, infer.Text(None))
@@ -2490,7 +2490,7 @@ def test_bad_input_to_infer_is_one_clear_line(flags, trained):
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("infer.py: "), err
 
 
-# --- 6. As a user runs them -------------------------------------------------------------------------------------------
+# --- 7. As a user runs them -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("program", ["attention.py", "train.py", "infer.py"])
 def test_programs_answer_from_a_shell(program, tmp_path):
