@@ -111,7 +111,7 @@ def path(request, monkeypatch):
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3}     # of the largest value there is
 
 
-def is_twin(op, twin, backward, *tensors, dtype=torch.float32, **options):
+def is_twin(op, twin, backward, *tensors, dtype=torch.float32, floor=0.01, **options):
     """An op in `dtype` against its NumPy twin in float64 on the same numbers: outputs and all gradients."""
     tensors = [t.to(dtype) for t in tensors]
     arrays = [t.double().numpy() for t in tensors]
@@ -126,7 +126,7 @@ def is_twin(op, twin, backward, *tensors, dtype=torch.float32, **options):
     for got, want in zip((*outputs, *grads), wanted, strict=True):
         assert got.shape == want.shape and got.dtype == dtype
         if got.numel():                                                      # what cancels to 0 is a sum of such sizes
-            scale = max(want.abs().max().item(), largest / 100, 1e-30)
+            scale = max(want.abs().max().item(), largest * floor, 1e-30)
             error = (got.double() - want).abs().max().item() / scale
             assert error <= EXACT[dtype], f"off by {error:.1e}"
 
@@ -988,6 +988,7 @@ def test_wrong_arguments_of_flash_are_named(call, name, path):
 @settings(FAST, max_examples=8, derandomize=True)
 @given(st.data())
 def test_flash_kernels_at_random_shapes_and_options(data):
+    """With one key, or a cap that all scores have reached, dq and dk cancel to nearly 0: a higher floor than above."""
     if not A.triton:
         pytest.skip("Triton is not installed: the kernels run on Linux")
     whole = lambda lo, hi: data.draw(st.integers(lo, hi))
@@ -1000,7 +1001,7 @@ def test_flash_kernels_at_random_shapes_and_options(data):
         patch.setenv("TRITON_INTERPRET", "1")
         flash_case(Fl.flash_attention, Fl.flash_attention_numpy, Fl.flash_attention_backward_numpy, randn(1, H, T, D),
                    randn(1, G, S, D, seed=1), randn(1, G, S, D, seed=2),
-                   dtype=data.draw(st.sampled_from([torch.float32, torch.float16])), **options)
+                   dtype=data.draw(st.sampled_from([torch.float32, torch.float16])), floor=0.1, **options)
 
 
 AHEAD_FLASH = """
