@@ -1041,6 +1041,8 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
     if window is not None and window >= S:
         window = None                                                        # wider than the text: no bound at all
     scale = D ** -0.5 if scale is None else scale
+    if scale <= 0:                                                           # torch's CPU kernel takes it for positive
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     if B * H * T == 0 or S == 0:
         return 0 * q + 0 * (k.sum() + v.sum())                               # nothing to see, and gradients that say so
     plain = softcap is None and alibi is None and mask is None and window is None
