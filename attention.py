@@ -1284,7 +1284,7 @@ def digits(rng, B, longest, task="reverse"):
     return source, target
 
 
-def train_2017(steps=600, longest=8, task="reverse", seed=0, say=lambda text: None):
+def train_2017(steps=500, longest=8, task="reverse", seed=0, say=lambda text: None):
     """Train a `Transformer2017` on `digits` → (the model, the share of 1,000 fresh rows that it gets wholly right)."""
     rng = np.random.default_rng(seed)
     model = Transformer2017(12, C=32, H=2, F=64, layers=2, seed=seed)
