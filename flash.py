@@ -580,8 +580,8 @@ def _flash_merge(Parts, Lse, Sinks, O, O_at, B, T, H, splits, D: tl.constexpr, B
 # On a GPU the kernels; on a CPU torch's scaled_dot_product_attention where it has the options, else rows of queries at
 # a time. Both of our paths are one op to torch.compile, which need not look inside.
 
-# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv. Chosen by
-# compiling: the largest that keep their numbers in registers, in half precision at D ≤ 128.
+# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv. Chosen
+# by compiling: the largest that keep their numbers in registers, in half precision at D ≤ 128.
 TILES = {
     "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
                 128: ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
