@@ -797,12 +797,16 @@ class _RMSNormKernel(torch.autograd.Function):
         return dx.to(x_type), dw.sum(0).to(w.dtype), None, None if residual_type is None else dx.to(residual_type)
 
 
+def _inverse_rms(x, eps):
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """dx = r · (dy∘w) − x · r³ · mean(x∘dy∘w),  dw = Σ_rows r · (x∘dy): with x∘dy known, both sums are one product."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = _inverse_rms(x, eps)
         ctx.save_for_backward(x, w, r)
         return (x * r).mul_(w)
 
@@ -833,9 +837,8 @@ def rms_norm(x, w, eps=1e-6, residual=None):
     if on_kernel(x):
         return _RMSNormKernel.apply(x, w, eps, residual)
     x = x if residual is None else x + residual
-    if (x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            and x.dtype == w.dtype == torch.float32):
-        y = _RMSNorm.apply(x, w, eps)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.dtype == w.dtype == torch.float32:
+        y = _RMSNorm.apply(x, w, eps) if torch.is_grad_enabled() else (x * _inverse_rms(x, eps)).mul_(w)
     elif x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64):
         y = F.rms_norm(x, w.shape, w, eps)
     else:                                                                    # half precision: normed in float32

@@ -31,6 +31,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,128 @@ import train
 from train import Parser, UserError, load, measure, positive
 
 
-# --- 1. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
+# --- 1. Weights: laid out for few rows, or in fewer bits --------------------------------------------------------------
+
+def memory_of(device):
+    """Bytes of memory that a cache may count on: half of what a GPU has left, a quarter of what a computer has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2 ** 33) // 4
+
+
+class FewRows(torch.nn.Linear):
+    """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
+
+    On a CPU a second copy of the weights may be packed in oneDNN's own order (`quicken` measures whether that pays).
+    One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
+    """
+    packed = None
+    ROWS = 128                                                               # packed weights are quicker up to here
+
+    def pack(self):
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)  # laid out for that many rows
+
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if torch.compiler.is_compiling():
+            if rows == 1 and x.device.type == "cpu":
+                y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
+                return y if self.bias is None else y + self.bias
+        elif self.packed is not None and rows <= self.ROWS:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def quicken(model):
+    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine (and where its
+    memory holds a second copy of the weights with ease).
+    """
+    model.requires_grad_(False)
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.__class__ = FewRows
+    head = model.head
+    plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
+    room = 4 * sum(w.numel() for w in model.parameters()) < memory_of(head.weight.device)
+    if not plain or not room or not torch.backends.mkldnn.is_available():
+        return model
+    head.pack()
+    x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
+    for which in (True, False) * 3:
+        head.packed = packed if which else None
+        t = time.perf_counter()
+        head(x)
+        times[which].append(time.perf_counter() - t)
+    head.packed = None
+    if min(times[True]) < min(times[False]):
+        for layer in layers:
+            layer.pack()
+    return model
+
+
+def int8_numpy(w):
+    """w [O, I] → q int8 [O, I] and scale [O]: w ≈ scale ∘ q. The largest of each row becomes ±127; zeros stay zeros."""
+    scale = np.abs(w).max(1) / 127
+    return np.rint(w / np.where(scale, scale, 1)[:, None]).astype(np.int8), scale
+
+
+def int8_linear_numpy(x, q, scale):
+    """x [N, I], q and scale of `int8_numpy` → x Wᵀ [N, O]. Each row of x, too, becomes whole numbers for the product.
+
+    Of 7 bits: a CPU without VNNI adds two products at a time in 16 bits, and 2 · 127 · 127 is what fits.
+    """
+    row = np.abs(x).max(-1, keepdims=True)
+    a = np.rint(x / np.where(row, row, 1) * 63).astype(np.int32)
+    return (a @ q.T.astype(np.int32)) * (row / 63) * scale
+
+
+class Int8(torch.nn.Module):
+    """A linear layer with its weights in int8, a scale for each output: a quarter of the memory to read, and products
+    of integers, which a CPU does twice as many of. As in `int8_linear_numpy`; elsewhere x stays as it is.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        w = linear.weight.detach()
+        self.in_features, self.out_features, self.bias, self.packed = (
+            linear.in_features, linear.out_features, linear.bias, None)
+        scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
+        if w.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
+            zeros = torch.zeros(len(w), dtype=torch.int64)
+            before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
+            with warnings.catch_warnings():                                  # this form of tensor is to go, one day
+                warnings.simplefilter("ignore")
+                self.packed = torch.ops.quantized.linear_prepack(
+                    torch.quantize_per_channel(w.float(), scale, zeros, 0, torch.qint8), None)
+            torch.backends.quantized.engine = before
+        else:
+            self.register_buffer("scale", scale.to(w.dtype))
+            self.register_buffer("q", (w / scale[:, None]).round().to(torch.int8))
+
+    def forward(self, x):
+        if self.packed is None:
+            return F.linear(x, self.q.to(x.dtype)).mul_(self.scale).add_(0 if self.bias is None else self.bias)
+        row = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            (x / row).float(), 1 / 63, 64, self.packed).mul_(row)
+        return y.to(x.dtype) if self.bias is None else y.to(x.dtype).add_(self.bias)
+
+
+def layers_in(model, layer):
+    """Replace a model's linear layers by `layer`s made of them."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        for name, linear in list(module.named_children()):
+            if type(linear) is torch.nn.Linear:
+                setattr(module, name, layer(linear))
+
+
+QUANTIZED = {"int8": Int8}                                                   # --quantize → the layer
+
+
+# --- 2. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
 
 class Block:
     """`size` places for tokens. key: the hash of its tokens and of all before them, once they are computed."""
@@ -401,7 +523,7 @@ class PageState:
         return y.reshape(N, H, D).transpose(0, 1)[None]
 
 
-# --- 2. Sampler -------------------------------------------------------------------------------------------------------
+# --- 3. Sampler -------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
@@ -662,7 +784,7 @@ def log_probabilities(logits, tokens, counts, likely):
             in zip(ids.tolist(), values.tolist(), counts, tokens, own.tolist())]
 
 
-# --- 3. Text: from tokens to what may be shown ------------------------------------------------------------------------
+# --- 4. Text: from tokens to what may be shown ------------------------------------------------------------------------
 
 class Text:
     """The text of a growing token list. Bytes of an unfinished character wait; a stop string cuts before it begins."""
@@ -701,7 +823,7 @@ class Text:
         return piece
 
 
-# --- 4. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
+# --- 5. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
 
 class Request:
     """One text in the making: choice `choice` of a prompt, up to `limit` new tokens. What a caller reads of it: .text,
@@ -888,29 +1010,6 @@ class Scheduler:
             r.computed = 0
 
 
-class FewRows(torch.nn.Linear):
-    """A linear layer that is quick for few rows too, where matrix libraries are made for many: decode is bound by it.
-
-    On a CPU a second copy of the weights may be packed in oneDNN's own order (`quicken` measures whether that pays).
-    One row in a compiled graph is a product and a sum, which the compiler turns into one pass over the weights.
-    """
-    packed = None
-    ROWS = 128                                                               # packed weights are quicker up to here
-
-    def pack(self):
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 32)  # laid out for that many rows
-
-    def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if torch.compiler.is_compiling():
-            if rows == 1 and x.device.type == "cpu":
-                y = (x.reshape(-1) * self.weight).sum(-1).view(*x.shape[:-1], -1)
-                return y if self.bias is None else y + self.bias
-        elif self.packed is not None and rows <= self.ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-
 def pieces(segments, most):
     """Cut (request, start, stop)s, in their order, into lists of up to `most` tokens."""
     piece, room = [], most
@@ -924,42 +1023,6 @@ def pieces(segments, most):
                 piece, room = [], most
     if piece:
         yield piece
-
-
-def memory_of(device):
-    """Bytes of memory that a cache may count on: half of what a GPU has left, a quarter of what a computer has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
-    return (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2 ** 33) // 4
-
-
-@torch.no_grad()
-def quicken(model):
-    """Turn a model's linear layers into `FewRows`, packed where one row is faster for it on this machine (and where its
-    memory holds a second copy of the weights with ease).
-    """
-    model.requires_grad_(False)
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for layer in layers:
-        layer.__class__ = FewRows
-    head = model.head
-    plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
-    room = 4 * sum(w.numel() for w in model.parameters()) < memory_of(head.weight.device)
-    if not plain or not room or not torch.backends.mkldnn.is_available():
-        return model
-    head.pack()
-    x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
-    for which in (True, False) * 3:
-        head.packed = packed if which else None
-        t = time.perf_counter()
-        head(x)
-        times[which].append(time.perf_counter() - t)
-    head.packed = None
-    if min(times[True]) < min(times[False]):
-        for layer in layers:
-            layer.pack()
-    return model
 
 
 class Step(torch.nn.Module):
@@ -978,6 +1041,7 @@ class Step(torch.nn.Module):
 class LLM:
     """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made.
 
+    quantize            "int8": linear layers in a quarter of the memory; None: as they are
     kv_cache_dtype      "int8": keys and values in a quarter of the memory; None: as the weights
     block_size          tokens a block of the cache
     num_blocks          blocks in all; None: as many as a part of the memory holds, or all sequences could ever use
@@ -991,19 +1055,23 @@ class LLM:
     Below `generate` stand `requests` (checks), `add`, `step` and `abort`: what a server runs on.
     """
 
-    def __init__(self, folder, device=None, dtype=None, kv_cache_dtype=None, block_size=16, num_blocks=None,
-                 max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, compile=None):
+    def __init__(self, folder, device=None, dtype=None, quantize=None, kv_cache_dtype=None, block_size=16,
+                 num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, compile=None):
         for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
                             ("max_num_batched_tokens", max_num_batched_tokens)):
             if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1")
+        if quantize not in (None, *QUANTIZED):
+            raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
         self.model, self.tokenizer = load(folder, device, dtype)
         c, weight = self.model.config, self.model.embed.weight
+        self.quantize = quantize
         self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
-        quicken(self.model)
+        self.weight_bytes = self.weights * (1 if quantize else weight.element_size())
+        layers_in(self.model, QUANTIZED[quantize]) if quantize else quicken(self.model)
         self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
         there = set(self.tokenizer.library.get_vocab(with_added_tokens=True).values())
         self.no_text = torch.tensor([i for i in range(c.vocab) if i not in there], device=weight.device)
@@ -1015,7 +1083,7 @@ class LLM:
         self.blocks = Blocks(num_blocks, block_size, prefix_caching)
         gpu = weight.device.type == "cuda"
         if compile is None:
-            compile = gpu and train.compiler_there()
+            compile = gpu and quantize is None and train.compiler_there()
         self.cache = (Pages(self.model, self.blocks, int8) if gpu else
                       Rows(self.model, self.blocks, max_num_seqs) if compile and not int8 and not prefix_caching else
                       Slabs(self.model, self.blocks, int8))
@@ -1235,11 +1303,10 @@ class LLM:
 
 def bound(llm, machine, batch, context):
     """Decode tokens/s that memory allows: each step reads all weights that multiply, and each row's keys and values."""
-    size = llm.model.embed.weight.element_size()
-    return batch * machine.bandwidth / (size * llm.weights + batch * context * llm.token_bytes)
+    return batch * machine.bandwidth / (llm.weight_bytes + batch * context * llm.token_bytes)
 
 
-# --- 5. Chat templates and scores -------------------------------------------------------------------------------------
+# --- 6. Chat templates and scores -------------------------------------------------------------------------------------
 
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
@@ -1316,14 +1383,14 @@ def score(llm, text, overlap=0.5):
         window = ids[begin:begin + context + 1]
         fresh = begin + len(window) - done                                   # tokens not scored before
         y = torch.tensor(window[1:], device=device)
-        y[:len(y) - fresh] = -100
-        nats += train.linear_cross_entropy(llm.read(window[:-1]), llm.model.head.weight, y).item() * fresh
+        for x, targets in zip(llm.read(window[:-1])[-fresh:].split(64), y[-fresh:].split(64)):
+            nats += F.cross_entropy(llm.model.head(x).float(), targets, reduction="sum").item()
         done += fresh
     count, size = len(ids) - first, sum(lengths[first:])
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
-# --- 6. Benchmarks ----------------------------------------------------------------------------------------------------
+# --- 7. Benchmarks ----------------------------------------------------------------------------------------------------
 
 def random_request(llm, rng, prompt_tokens, new_tokens):
     """A greedy request of random tokens that runs to its length."""
@@ -1345,17 +1412,30 @@ def bench(llm, machine, batch, prompt_tokens, new_tokens):
     limit = bound(llm, machine, batch, prompt_tokens + new_tokens / 2)
     median = lambda times: sorted(times[1:])[1]
     speed = batch * new_tokens / median(decode)
-    return dict(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, quantize=None,
+    return dict(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, quantize=llm.quantize,
                 prefill_tokens_per_second=batch * prompt_tokens / median(prefill), decode_tokens_per_second=speed,
                 bound_tokens_per_second=limit, bound_share=speed / limit)
+
+
+def product_rate(llm, machine):
+    """FLOP/s of large matrix products: as the machine was measured, or in a format of its own, as its head's are."""
+    if not llm.quantize:
+        return machine.flops[llm.model.embed.weight.dtype]
+    head, times = llm.model.head, []
+    x = torch.ones(512, head.in_features, dtype=llm.model.embed.weight.dtype, device=llm.model.embed.weight.device)
+    for _ in range(5):
+        t = time.perf_counter()
+        head(x)[-1, -1].item()
+        times.append(time.perf_counter() - t)
+    return 2 * len(x) * head.in_features * head.out_features / min(times)
 
 
 def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50, 300)):
     """Time `count` requests of mixed lengths, all sent at once → the --bench-serving record. Lengths are drawn with
     seed 0 and shrink in proportion where the context is short.
 
-    bound: the larger of two times, that of all products at the machine's matmul peak, and that of reading the weights
-    once for each token of the longest text and the cache once for each new token.
+    bound: the larger of two times, that of all products at the machine's matmul peak (`product_rate`), and that of
+    reading the weights once for each token of the longest text and the cache once for each new token.
     """
     rng, shrink = np.random.default_rng(0), min(1.0, llm.context / (prompt_tokens[1] + new_tokens[1]))
     draw = lambda low, high: int(rng.integers(max(1, int(low * shrink)), max(1, int(high * shrink)) + 1))
@@ -1372,9 +1452,9 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
     seconds = now - start
     first, between = [t[0] - start for t in times.values()], [b - a for t in times.values() for a, b in zip(t, t[1:])]
     read, made = sum(len(r.prompt) for r in requests), sum(len(t) for t in times.values())
-    head, size = llm.model.head.weight.numel(), llm.model.embed.weight.element_size()
-    products = 2 * ((llm.weights - head) * (read + made) + head * made) / machine.flops[llm.model.embed.weight.dtype]
-    reads = (max(r.limit for r in requests) * llm.weights * size
+    head = llm.model.head.in_features * llm.model.head.out_features
+    products = 2 * ((llm.weights - head) * (read + made) + head * made) / product_rate(llm, machine)
+    reads = (max(r.limit for r in requests) * llm.weight_bytes
              + sum(r.limit * (len(r.prompt) + r.limit / 2) for r in requests) * llm.token_bytes) / machine.bandwidth
     percent = lambda values, q: float(np.percentile(values, q)) if values else 0.0
     return dict(requests=count, prompt_tokens=read, new_tokens=made, seconds=seconds, tokens_per_second=made / seconds,
@@ -1385,7 +1465,7 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
                 bound_share=max(products, reads) / seconds)
 
 
-# --- 7. The command line ----------------------------------------------------------------------------------------------
+# --- 8. The command line ----------------------------------------------------------------------------------------------
 
 def arguments():
     """The command line, as a parser."""
@@ -1414,6 +1494,7 @@ def arguments():
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of weights and cache (float32 on a CPU, else the folder's)")
+    p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are)")
     p.add_argument("--kv-cache-dtype", choices=["int8"], help="of keys and values (as the weights)")
     p.add_argument("--block-size", type=positive(int), default=16, help="tokens a block of the cache (%(default)s)")
     p.add_argument("--num-blocks", type=positive(int), help="blocks of the cache (what a part of the memory holds)")
@@ -1526,13 +1607,14 @@ def main(argv=None):
         if sum([bool(args.score), args.bench, args.bench_serving, args.prompt is not None]) > 1:
             raise UserError("a prompt, --score, --bench and --bench-serving: give one of them")
         text = train.read_text(args.score) if args.score else None
-        options = {k: getattr(args, k) for k in ("device", "dtype", "kv_cache_dtype", "block_size", "num_blocks",
-                                                 "max_num_seqs", "max_num_batched_tokens", "prefix_caching", "compile")}
+        options = {k: getattr(args, k) for k in ("device", "dtype", "quantize", "kv_cache_dtype", "block_size",
+                                                 "num_blocks", "max_num_seqs", "max_num_batched_tokens",
+                                                 "prefix_caching", "compile")}
         if args.bench:                                                       # all of the batch in step
             room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
             options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
                             max_num_batched_tokens=max(args.max_num_batched_tokens, args.batch * args.prompt_tokens),
-                            compile=args.compile is not False and train.compiler_there())
+                            compile=args.compile is not False and not args.quantize and train.compiler_there())
         llm = LLM(args.model, **options)
         sampling.check(llm.model.config.vocab)
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))

@@ -1741,6 +1741,46 @@ def test_data_that_is_no_data(tmp_path):
 
 # --- 6. infer.py: sampling, text, generation --------------------------------------------------------------------------
 
+@pytest.mark.parametrize("N, I, O", [(1, 1, 2), (1, 7, 5), (3, 64, 33), (9, 130, 7), (33, 96, 260)])
+def test_int8_linear_is_its_numpy_twin(N, I, O):
+    rng = np.random.default_rng(N * I + O)
+    w, x = rng.standard_normal((O, I)).astype(np.float32), rng.standard_normal((N, I)).astype(np.float32)
+    w[-1] = 0                                                                # nothing to scale
+    w[0, 0], x[0, 0] = 1e4, -1e4                                             # outliers
+    q, scale = infer.int8_numpy(w)
+    assert (np.abs(q[:-1]).max(1) == 127).all() and not q[-1].any() and np.isfinite(scale).all()
+    assert (np.abs(w - scale[:, None] * q) <= scale[:, None] * 0.5001).all()
+    linear = torch.nn.Linear(I, O)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(w))
+        twin = infer.int8_linear_numpy(x, q, scale) + linear.bias.numpy()
+        row = np.abs(x).max(1, keepdims=True)
+        for packed in (True, False):
+            layer = infer.Int8(linear)
+            if not packed:                                                   # where a machine has no int8 product
+                layer.packed, layer.q, layer.scale = None, torch.from_numpy(q), torch.from_numpy(scale)
+                twin = x @ (scale[:, None] * q).T + linear.bias.numpy()
+            difference = np.abs(layer(torch.from_numpy(x)).numpy() - twin)
+            unit = row / 63 * np.abs(w).max(1)                               # x may be rounded the other way in one place
+            assert (difference <= 1.01 * unit + 1e-6).all() and (difference <= 1e-4 * unit + 2e-5).mean() > 0.98
+        layer = infer.Int8(linear)
+        rows = [layer(torch.from_numpy(x[i:i + 1])) for i in range(N)]       # a row does not see the others
+        assert torch.equal(torch.cat(rows), layer(torch.from_numpy(x)))
+        assert torch.equal(layer(torch.zeros(2, I)), linear.bias.expand(2, -1))
+        assert layer(torch.full((1, I), torch.nan)).isnan().any()
+
+
+def test_int8_weights_predict_as_well(trained):
+    m, exact = infer.LLM(trained, quantize="int8"), llm(trained)
+    text = (HERE / "attention.py").read_text()[:6000]
+    a, b = (infer.score(x, text)["bits_per_byte"] for x in (m, exact))
+    assert a != b and abs(a / b - 1) < 2e-3 and m.weight_bytes * 4 == exact.weight_bytes
+    prompts = [START, START + "x", "import"]
+    together = m.generate(prompts, max_tokens=12, seed=[1, 2, 3])
+    assert [r.tokens for r in together] == [m.generate(p, max_tokens=12, seed=i + 1)[0].tokens
+                                            for i, p in enumerate(prompts)]
+
+
 def requests_of(*settings_, prompt=(1, 2, 3), seed=0):
     return [infer.Request(list(prompt), infer.Sampling(**s), s.get("seed", seed), 0, 10, infer.Text(None))
             for s in settings_]
@@ -2476,7 +2516,7 @@ def test_every_setting_and_option_is_a_flag(trained):
     known = {name.replace("_", "-") for name in infer.Sampling.__dataclass_fields__}
     assert all(f"--{name}" in infer.arguments().format_help() for name in known)
     for option in (dict(block_size=0), dict(num_blocks=0), dict(max_num_seqs=0), dict(max_num_batched_tokens=0),
-                   dict(kv_cache_dtype="int4")):
+                   dict(kv_cache_dtype="int4"), dict(quantize="int3")):
         with pytest.raises(ValueError, match=next(iter(option))):
             infer.LLM(trained, **option)
 
