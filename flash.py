@@ -918,7 +918,7 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
         raise ValueError(f"{op}: block_table {tuple(block_table.shape)} {block_table.dtype} must be [B = {B}, n] int32")
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: lengths {tuple(lengths.shape)} {lengths.dtype} must be [B = {B}] int32")
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
         n = block_table.shape[1]
         if ((lengths < 0) | (lengths > n * page)).any():
             raise ValueError(f"{op}: lengths {lengths.tolist()} must lie in 0 … {n * page}, what block_table "
@@ -928,10 +928,24 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
             raise ValueError(f"{op}: block_table {tuple(block_table.shape)} must name pages 0 … {P - 1} within lengths "
                              f"{lengths.tolist()}")
     q, scale = _positive(q, scale)
-    decode = _decode_on_kernel if on_kernel(q) and P * page else _decode_in_torch
     with torch.no_grad():
-        o = decode(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale)
+        o = _flash_decode_op(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window,
+                             None if softcap is None else float(softcap), sinks, alibi, scale)
     return o[:, 0] if one else o
+
+
+@torch.library.custom_op("twin::flash_decode", mutates_args=())              # whole for the compiler: engines compile it
+def _flash_decode_op(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+                     lengths: torch.Tensor, k_scale: Optional[torch.Tensor], v_scale: Optional[torch.Tensor],
+                     window: Optional[int], softcap: Optional[float], sinks: Optional[torch.Tensor],
+                     alibi: Optional[torch.Tensor], scale: float) -> torch.Tensor:
+    decode = _decode_on_kernel if on_kernel(q) and k_pages.numel() else _decode_in_torch
+    return decode(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale)
+
+
+@_flash_decode_op.register_fake
+def _(q, *rest):
+    return torch.empty_like(q)
 
 
 def _decode_in_torch(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale):

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from flash import flash_decode
 from train import Parser, UserError, load, measure, positive
 
 
@@ -512,15 +513,9 @@ class PageState:
 
     def decode(self, q, window):
         """One token a row, all rows at once."""
-        (_, H, N, D), G = q.shape, self.parts[0][0].shape[2]
-        place = torch.arange(self.table.shape[1] * self.parts[0][0].shape[1], device=q.device)
-        seen = place < self.lengths[:, None]
-        if window is not None:
-            seen = seen & (place >= self.lengths[:, None] - window)
-        keys, values = (self.read(self.table, seen, q.dtype, *part) for part in self.parts)
-        y = F.scaled_dot_product_attention(q[0].transpose(0, 1).reshape(N, G, H // G, D), keys, values,
-                                           attn_mask=seen[:, None, None].expand(-1, 1, H // G, -1))
-        return y.reshape(N, H, D).transpose(0, 1)[None]
+        (keys, k_scale), (values, v_scale) = self.parts
+        y = flash_decode(q[0].transpose(0, 1), keys, values, self.table, self.lengths, k_scale, v_scale, window)
+        return y.transpose(0, 1)[None]
 
 
 # --- 3. Sampler -------------------------------------------------------------------------------------------------------
@@ -724,19 +719,45 @@ def sample(logits, requests):
 
     if rows := rows_of(lambda s: s.greedy):
         keep(rows, pick(rows).argmax(-1))
-    for k in (FEW, MANY, V):
-        if rows := rows_of(lambda s: 0 < s.top_k < V or s.top_p < 1 or s.min_p > 0 and k == FEW):
-            ids, decided = choose(pick(rows), [requests[i] for i in rows], min(k, V))
-            keep([i for i, d in zip(rows, decided) if d], ids[decided])
-    rows, every = rows_of(lambda s: True), torch.arange(V, device=logits.device)[None]
     few = max(1, 2 ** 17 // V)                                               # rows at once that a CPU's cache holds
-    for part in (rows[i:i + few] for i in range(0, len(rows), few)):         # no order is needed among all tokens
-        chosen = [requests[i] for i in part]
-        scores = logits[torch.tensor(part, device=logits.device)] / temperatures(chosen, logits)
-        scores = scores.masked_fill(scores < floors(scores.amax(-1, keepdim=True), chosen), -torch.inf)
-        keep(part, (scores + noise(chosen, every)).argmax(-1))
+    top_k, top_p = (lambda s: 0 < s.top_k < V), (lambda s: s.top_p < 1)
+    for draw, want, most in (
+            (lambda *x: choose(*x, min(FEW, V)), lambda s: top_k(s) or top_p(s) or s.min_p > 0, len(requests)),
+            (lambda *x: choose(*x, min(MANY, V)), top_k, len(requests)),
+            (unsorted, lambda s: not top_k(s), few),
+            (lambda *x: choose(*x, V), lambda s: True, len(requests))):
+        rows = rows_of(want)
+        for part in (rows[i:i + most] for i in range(0, len(rows), most)):
+            ids, decided = draw(pick(part), [requests[i] for i in part])
+            keep([i for i, d in zip(part, decided) if d], ids[decided])
     take_back()
     return tokens
+
+
+TRIES = 16
+
+
+def unsorted(logits, rows):
+    """Draw among all tokens, but for min-p and top-p, without sorting them → token ids [R], and [R] whether one was found.
+
+    In falling order of score + noise, the first token that is in the set of top-p: whose likelier ones together have
+    less than p.
+    """
+    every = torch.arange(logits.shape[1], device=logits.device)[None]
+    scores = logits / temperatures(rows, logits)
+    scores = scores.masked_fill(scores < floors(scores.amax(-1, keepdim=True), rows), -torch.inf)
+    noisy, p = scores + noise(rows, every), torch.tensor([r.sampling.top_p for r in rows], device=logits.device)
+    ids, found = noisy.argmax(-1), p >= 1
+    if not found.all():
+        share = scores.softmax(-1)
+        for token in best(noisy, min(TRIES, logits.shape[1]))[1].unbind(1):
+            z = scores.gather(1, token[:, None])
+            likelier = (scores > z) | (scores == z) & (every < token[:, None])
+            fits = ~found & ((share * likelier).sum(-1) < p)
+            ids, found = torch.where(fits, token, ids), found | fits
+            if found.all():
+                break
+    return ids, found
 
 
 def choose(logits, rows, k):

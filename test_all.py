@@ -1793,6 +1793,21 @@ def draws(logits, n=20_000, **setting):
     return torch.bincount(tokens, minlength=len(logits)).double() / n
 
 
+@pytest.mark.parametrize("top_p, min_p", [(0.3, 0.0), (0.9, 0.0), (0.9, 0.3), (0.999, 0.01), (1.0, 0.2)])
+def test_top_p_without_sorting_draws_what_it_draws_with_sorting(top_p, min_p):
+    torch.manual_seed(0)
+    V = 3000
+    logits = torch.randn(200, V)
+    logits[50:100] = (logits[50:100] * 2).round()                            # many that are equally likely
+    logits[100:110] = 0
+    rows = [infer.Request([0], infer.Sampling(top_p=top_p, min_p=min_p), 7, i, 10, None) for i in range(200)]
+    ids, found = infer.unsorted(logits, rows)
+    sorted_ids, decided = infer.choose(logits, rows, V)
+    assert decided.all() and (ids == sorted_ids)[found].all() and found.double().mean() > 0.95
+    tokens = infer.sample(logits, rows)
+    assert tokens == sorted_ids.tolist()
+
+
 def test_gumbel_noise_is_uniform_underneath_and_keyed_by_all_four():
     z = lambda *x: torch.tensor(x)
     gumbel = lambda seeds, choices, positions, V: infer.gumbel(seeds, choices, positions, torch.arange(V)[None])
