@@ -934,7 +934,7 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
     return o[:, 0] if one else o
 
 
-@torch.library.custom_op("twin::flash_decode", mutates_args=())              # whole for the compiler: engines compile it
+@torch.library.custom_op("twin::flash_decode", mutates_args=())              # the compiler takes it whole
 def _flash_decode_op(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
                      lengths: torch.Tensor, k_scale: Optional[torch.Tensor], v_scale: Optional[torch.Tensor],
                      window: Optional[int], softcap: Optional[float], sinks: Optional[torch.Tensor],

@@ -738,7 +738,7 @@ TRIES = 16
 
 
 def unsorted(logits, rows):
-    """Draw among all tokens, but for min-p and top-p, without sorting them → token ids [R], and [R] whether one was found.
+    """Draw among all tokens, but for min-p and top-p, without sorting → token ids [R], and [R] whether one was found.
 
     In falling order of score + noise, the first token that is in the set of top-p: whose likelier ones together have
     less than p.

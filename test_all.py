@@ -1761,7 +1761,7 @@ def test_int8_linear_is_its_numpy_twin(N, I, O):
                 layer.packed, layer.q, layer.scale = None, torch.from_numpy(q), torch.from_numpy(scale)
                 twin = x @ (scale[:, None] * q).T + linear.bias.numpy()
             difference = np.abs(layer(torch.from_numpy(x)).numpy() - twin)
-            unit = row / 63 * np.abs(w).max(1)                               # x may be rounded the other way in one place
+            unit = row / 63 * np.abs(w).max(1)                               # one x may be rounded the other way
             assert (difference <= 1.01 * unit + 1e-6).all() and (difference <= 1e-4 * unit + 2e-5).mean() > 0.98
         layer = infer.Int8(linear)
         rows = [layer(torch.from_numpy(x[i:i + 1])) for i in range(N)]       # a row does not see the others
