@@ -1618,26 +1618,73 @@ def start(program, *argv, **environment):
                             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def test_two_processes_are_one_with_two_pieces(corpus, tmp_path):
-    """As torchrun starts them: the same losses, and the same model, as one that goes in two pieces."""
-    program = "import sys, train; train.MICRO_TOKENS = 64; sys.exit(train.main(sys.argv[1:]))"              # 2 windows
-    arguments = ("--data", corpus, *SMALL, "--steps", 12)
+def pair(program, *argv):
+    """Two processes as torchrun starts them → what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    one = start(program, *arguments, "--out", tmp_path / "one")
-    assert one.wait(120) == 0, one.stdout.read()
-    pair = [start(program, *arguments, "--out", tmp_path / "two", RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(2)]
-    texts = [p.communicate(timeout=120)[0] for p in pair]
-    assert [p.returncode for p in pair] == [0, 0], texts
-    assert "2 processes" in texts[0] and "run " not in texts[1]
-    logs = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("one", "two")]
+    both = [start(program, *argv, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port) for i in range(2)]
+    texts = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], texts
+    return texts
+
+
+def same_run(one, other):
+    """Whether two runs have the same losses and ended with the same model."""
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (one, other)]
     for a, b in zip(*(map(json.loads, log) for log in logs), strict=True):
         assert abs(a["train_loss"] - b["train_loss"]) < 1e-4 and abs(a["val_loss"] - b["val_loss"]) < 1e-4
-    a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    a, b = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
     for name in a:
         close(a[name], b[name], 1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory):
+    """A run of one process in pieces of two windows: (its program, its arguments, its folder)."""
+    out = tmp_path_factory.mktemp("one")
+    program = "import sys, train; train.MICRO_TOKENS = 64; sys.exit(train.main(sys.argv[1:]))"              # 2 windows
+    arguments = ("--data", corpus, *SMALL, "--steps", 12)
+    one = start(program, *arguments, "--out", out)
+    assert one.wait(120) == 0, one.stdout.read()
+    return program, arguments, out
+
+
+def test_two_processes_are_one_with_two_pieces(one_process, tmp_path):
+    program, arguments, out = one_process
+    texts = pair(program, *arguments, "--out", tmp_path)
+    assert "2 processes" in texts[0] and "run " not in texts[1]
+    same_run(out, tmp_path)
+
+
+def test_weights_cut_over_two_processes_train_as_whole_ones_do(one_process, tmp_path):
+    program, arguments, out = one_process
+    pair(program, *arguments, "--shard", "--out", tmp_path)
+    same_run(out, tmp_path)
+    whole, cut = (train.read_state(folder) for folder in (out, tmp_path))
+    for a, b in zip(whole["optimizer"]["momentum"], cut["optimizer"]["momentum"], strict=True):
+        close(a, b, 1e-5)
+    assert {k: v.shape for k, v in whole["model"].items()} == {k: v.shape for k, v in cut["model"].items()}
+
+
+def test_a_cut_run_goes_on_where_it_stopped(one_process, tmp_path):
+    program, arguments, out = one_process
+    halfway = ("import sys, train; train.MICRO_TOKENS = 64\n"
+               "step = train.Run.gradients\n"
+               "def gradients(run, hidden):\n    if run.step == 6: raise KeyboardInterrupt\n"
+               "    run.save() if run.step == 5 else None\n    return step(run, hidden)\n"
+               "train.Run.gradients = gradients; sys.exit(train.main(sys.argv[1:]) and 0)")
+    pair(halfway, *arguments, "--shard", "--out", tmp_path)
+    assert train.read_state(tmp_path)["step"] == 5
+    pair(program, *arguments, "--shard", "--out", tmp_path, "--resume")
+    same_run(out, tmp_path)
+
+
+def test_shard_needs_several_processes(tmp_path, corpus):
+    code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 2, "--shard", "--out", tmp_path)
+    assert code == 2 and "--shard" in err and "torchrun" in err
 
 
 def test_a_batch_must_divide_among_the_processes(monkeypatch):

@@ -47,6 +47,9 @@ import tokenizers
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -139,6 +142,35 @@ class Processes:
             dist.all_reduce(flat)
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
+
+
+def shard(model, processes, device):
+    """Cut every weight by rows, a piece for each process (FSDP2): a block's are gathered while it computes and let go
+    again, so that a model may outgrow one device. Gradients arrive as pieces too, summed over the processes.
+    """
+    mesh = init_device_mesh(device.split(":")[0], (processes.size,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)                                 # a sum, not a mean,
+        part.set_force_sum_reduction_for_comms(True)                         # and by plain addition, which gloo has
+    register_fsdp_forward_method(model, "hidden")
+
+
+def whole(x):
+    """A tensor that is cut over the processes, whole; any other as it is. All processes must ask at once."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gathered(x, keep):
+    """The same for all tensors in dicts and lists, on the CPU; None in the processes that don't `keep` them."""
+    if isinstance(x, dict):
+        return {k: gathered(v, keep) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [gathered(v, keep) for v in x]
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+        return x.cpu() if keep else None
+    return x
 
 
 def pick_device(device=None):
@@ -945,11 +977,13 @@ def orthogonalize(x):
 class Optimizer:
     """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's.
 
-    Of several processes each orthogonalizes every size-th matrix of a stack, and all get the sum.
+    Of several processes each orthogonalizes every size-th matrix of a stack, and all get the sum. Where weights are cut
+    over the processes (`shard`), that one alone also keeps the matrix's momentum.
     """
 
     def __init__(self, model, lr=LR, processes=None):
         self.lr, self.stacks, self.processes = lr, {}, processes or Processes()
+        self.cut = isinstance(model.embed.weight, DTensor)
         hidden = set()
         for weight, i, j in model.matrices():
             hidden.add(weight)
@@ -957,14 +991,17 @@ class Optimizer:
             shape = (weight.shape[1], j - i) if tall else (j - i, weight.shape[1])
             self.stacks.setdefault(shape, []).append((weight, i, j, tall))
         device = next(model.parameters()).device
-        self.momentum = {shape: torch.zeros(len(parts), *shape, device=device) for shape, parts in self.stacks.items()}
+        p = self.processes
+        mine = lambda parts: parts[p.rank::p.size] if self.cut else parts
+        self.momentum = {shape: torch.zeros(len(mine(parts)), *shape, device=device)
+                         for shape, parts in self.stacks.items()}
         groups = {"embed": [], "head": [], "gain": []}
         for name, weight in model.named_parameters():
             if weight not in hidden:
                 kind = name.split(".")[0]
                 groups[kind if kind in groups else "gain"].append(weight)
         # Embeddings of ours start at size 1, those of other folders at 0.02: the steps are in proportion.
-        scale = {"embed": model.embed.weight.detach().square().mean().sqrt().item(), "head": 1.0, "gain": 1.0}
+        scale = {"embed": whole(model.embed.weight.detach().square().mean()).sqrt().item(), "head": 1.0, "gain": 1.0}
         groups = [dict(params=weights, lr=0.0, rate=ADAM_LR[kind] * lr / LR * scale[kind])
                   for kind, weights in groups.items() if weights]
         self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
@@ -977,33 +1014,69 @@ class Optimizer:
             group["lr"] = group["rate"] * scale
         self.adam.step()
         for shape, parts in self.stacks.items():
-            views = [w[i:j].mT if tall else w[i:j] for w, i, j, tall in parts]
-            g = torch.stack([w.grad[i:j].mT if tall else w.grad[i:j] for w, i, j, tall in parts])
-            m = self.momentum[shape].lerp_(g, 1 - momentum)
-            update = self.orthogonalized(g.lerp_(m, momentum))               # Nesterov: a step ahead of the mean
-            for view, u, (_, i, j, tall) in zip(views, update, parts):
-                rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
-                decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)       # cautious: where both pull the same way
-                view.sub_(view * decay).sub_(u, alpha=rate)
+            many = self.processes.size if self.cut else len(parts)           # at once
+            for first in range(0, len(parts), many):
+                some = parts[first:first + many]
+                lying = lambda w, i, j, tall: w[i:j].mT if tall else w[i:j]
+                if self.cut:                                                 # each process gets one matrix whole
+                    g = [lying(whole(w.grad), i, j, tall) for w, i, j, tall in some][self.processes.rank:][:1]
+                    m, at = self.momentum[shape], slice(first // many, first // many + len(g))
+                    g = torch.stack(g) if g else m[at]
+                else:
+                    g = torch.stack([lying(w.grad, i, j, tall) for w, i, j, tall in some])
+                    m, at = self.momentum[shape], slice(None)
+                m = m[at].lerp_(g, 1 - momentum)
+                update = self.orthogonalized(g.lerp_(m, momentum), len(some))  # Nesterov: a step ahead of the mean
+                for u, (w, i, j, tall) in zip(update, some):
+                    rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
+                    view, u = self.piece(w, i, j, u.mT if tall else u)
+                    decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)   # cautious: where both pull the same way
+                    view.sub_(view * decay).sub_(u, alpha=rate)
 
-    def orthogonalized(self, x):
-        """`orthogonalize`, divided among the processes by matrix."""
-        mine = slice(self.processes.rank, None, self.processes.size)
+    def orthogonalized(self, x, count):
+        """`orthogonalize`, divided among the processes by matrix. x: all `count`, or this process's own alone."""
         if self.processes.size == 1:
             return orthogonalize(x)
-        update = torch.zeros_like(x)
-        if len(x[mine]):
-            update[mine] = orthogonalize(x[mine])
+        mine = slice(self.processes.rank, None, self.processes.size)
+        update = x.new_zeros(count, *x.shape[1:])
+        x = x if self.cut else x[mine]
+        if len(x):
+            update[mine] = orthogonalize(x)
         self.processes.sum([update])
         return update
 
+    def piece(self, w, i, j, u):
+        """Rows i … j of a weight and their update u: all, or those that lie in this process."""
+        if not self.cut:
+            return w[i:j], u
+        local, each = w.to_local(), -(-len(w) // self.processes.size)
+        begin = self.processes.rank * each
+        lo, hi = max(i, begin), max(i, begin, min(j, begin + len(local)))
+        return local[lo - begin:hi - begin], u[lo - i:hi - i]
+
     def state_dict(self):
-        return {"adam": self.adam.state_dict(), "momentum": list(self.momentum.values())}
+        """Whole, whoever holds what; all processes must ask at once."""
+        momentum = []
+        for (shape, parts), mine in zip(self.stacks.items(), self.momentum.values()):
+            if self.cut:
+                every = mine.new_zeros(len(parts), *shape)
+                every[self.processes.rank::self.processes.size] = mine
+                self.processes.sum([every])
+                mine = every
+            momentum.append(mine)
+        return {"adam": gathered(self.adam.state_dict(), self.processes.rank == 0), "momentum": momentum}
 
     def load_state_dict(self, state):
-        self.adam.load_state_dict(state["adam"])
+        """Take over what `state_dict` gave, of any number of processes."""
+        adam = state["adam"]
+        if self.cut:
+            weights = [w for group in self.adam.param_groups for w in group["params"]]
+            adam = dict(adam, state={i: {k: distribute_tensor(v, weights[i].device_mesh, weights[i].placements)
+                                         if v.shape == weights[i].shape else v for k, v in one.items()}
+                                     for i, one in adam["state"].items()})
+        self.adam.load_state_dict(adam)
         for mine, saved in zip(self.momentum.values(), state["momentum"], strict=True):
-            mine.copy_(saved)
+            mine.copy_(saved[self.processes.rank::self.processes.size] if self.cut else saved)
 
 
 def schedule(done):
@@ -1165,20 +1238,25 @@ class Run:
         return self.spent_before + time.monotonic() - START
 
     def save(self):
-        """The folder a reader wants, then state.pt, which alone resumes, renamed last; by the first process.
+        """The folder a reader wants, then state.pt, which alone resumes, renamed last; by the first process. All call.
 
         UserError where that fails (a full disk): what was saved before is whole.
         """
+        model, optimizer = self.model, self.optimizer.state_dict()
+        weights = gathered(model.state_dict(), self.processes.rank == 0)
         if self.processes.rank:
             return
+        if self.optimizer.cut:
+            model = empty_model(model.config)
+            model.load_state_dict(weights)
         t = self.corpus.tokenizer
         state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows,
                      seconds=self.spent(), done=self.done, recent=self.recent, finished=self.finished,
-                     loss_scale=self.loss_scale, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     config=self.model.config.raw, train_tokens=len(self.corpus.train),
+                     loss_scale=self.loss_scale, model=weights, optimizer=optimizer,
+                     config=model.config.raw, train_tokens=len(self.corpus.train),
                      tokenizer=dict(source=t.source, eos_ids=t.eos_ids, beside=t.beside))
         try:
-            save(self.model, t, self.out)
+            save(model, t, self.out)
             with replacing(self.out / "log.jsonl") as path:
                 path.write_text("".join(json.dumps(r) + "\n" for r in self.log), encoding="utf-8")
             with replacing(self.out / "state.pt") as path:
@@ -1191,7 +1269,6 @@ class Run:
         if len(self.corpus.train) != state["train_tokens"]:
             raise UserError("the data is not what this run was trained on; put it back, "
                             "or start a new run in another --out")
-        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "tokens", "windows", "recent", "loss_scale"):
             setattr(self, name, state[name])
@@ -1240,12 +1317,12 @@ class Run:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()                                     # outside: the exception holds the tensors
         weights = [w for w in self.model.parameters() if w.grad is not None]
-        p.sum([*(w.grad for w in weights), losses])
+        p.sum([losses] if self.optimizer.cut else [*(w.grad for w in weights), losses])
         if self.loss_scale != 1:
             torch._foreach_div_([w.grad for w in weights], self.loss_scale)
         self.windows += count
         self.tokens += count * s["context"]
-        return *losses.tolist(), nn.utils.clip_grad_norm_(weights, 1.0).item()
+        return *losses.tolist(), whole(nn.utils.clip_grad_norm_(weights, 1.0)).item()
 
     def passes(self, hidden, starts, count):
         """Forward and backward over windows of a batch of `count` → their part of its losses [2]."""
@@ -1370,7 +1447,7 @@ def train_loop(run, stop):
         while True:
             done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
                     else run.step / s["steps"])
-            run.done, code = run.processes.agree(done, stop.code)
+            run.done, code, due = run.processes.agree(done, stop.code, time.monotonic() - saved > SAVE_EVERY)
             if code:
                 stop.code = code
                 return False
@@ -1413,7 +1490,7 @@ def train_loop(run, stop):
                                 + (f" · {speed * per_token / peak:.0%} of peak" if peak else "")
                                 + f" · {clock(left)} left", refresh=False)
             bar.update(min(run.spent(), total) - bar.n if total else 1)
-            if time.monotonic() - saved > SAVE_EVERY:
+            if due:
                 try:
                     run.save()
                 except UserError as error:                                   # there may be room again by the next time
@@ -1463,7 +1540,8 @@ def finish(run):
     print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")  # a code page never ends a run
     title = (f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · "
              f"{run.tokens / 1e6:.1f} M tokens")
-    plot(run.log, run.out / "loss.png", title)
+    if not run.processes.rank:
+        plot(run.log, run.out / "loss.png", title)
     where = "" if s["out"] == "out" else f"--model {s['out']} "
     print(f"saved        {run.out}/ (loss.png shows the run)\n"
           f"next         python infer.py {where}" + ('"def fibonacci(n):"' if s["data"] is None else '"…"'))
@@ -1516,6 +1594,7 @@ def arguments():
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of the matrix products (the faster one)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (where it pays)")
+    p.add_argument("--shard", action="store_true", help="under torchrun: cut the weights over the processes (FSDP2)")
     return p
 
 
@@ -1569,7 +1648,9 @@ def plan(args, machine, processes):
                         "each kv head must serve the same number of heads")
     s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
     s["lr"] = args.lr or (LR if not args.init else LR / 10)
-    if args.compile is None and (args.steps or not compiler_there()):
+    if args.shard and processes.size == 1:
+        raise UserError("--shard: there is one process; start several with torchrun --nproc_per_node=N train.py --shard")
+    if args.compile is None and (args.steps or args.shard or not compiler_there()):
         s["compile"] = False                                                 # else None: the loop measures if it pays
     return s
 
@@ -1661,8 +1742,10 @@ def prepare(args, processes):
         raw = state["config"] if state else qwen3_config(
             settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"],
             corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids)
-        model = empty_model(parse_config(raw), device=device)
-        model = model if state else model.initialize(settings["seed"])
+        model = empty_model(parse_config(raw), device="cpu" if settings["shard"] else device)
+        model.load_state_dict(state["model"]) if state else model.initialize(settings["seed"])
+    if settings["shard"]:
+        shard(model, processes, device)                                      # which brings each piece to its device
     run = Run(settings, corpus, model, machine, teacher and teacher[0].eval().requires_grad_(False), processes)
     if state:
         run.restore(state)
@@ -1741,7 +1824,7 @@ def train(args, processes):
             run.save()
             print(f"stopped at step {run.step:,} and saved; go on with --resume", file=sys.stderr)
             return stop.code
-    if not processes.rank:
+    if not processes.rank or run.optimizer.cut:                              # a cut model computes in all at once
         finish(run)
     return 0
 
