@@ -22,6 +22,7 @@ import argparse
 import bz2
 import codeop
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
@@ -1787,11 +1788,25 @@ def held(out):
         os.close(folder)
 
 
+def keep_memory():
+    """With glibc: what tensors leave stays with the process for the next ones. Handed back to the system and asked for
+    anew, every page is zeroed again: a twentieth of a step's time where tensors are large.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no block is a map of its own
+        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: the heap never shrinks
+    except (OSError, AttributeError):                                        # another system
+        pass
+
+
 def main(argv=None):
     """Train by command-line flags → exit code."""
     global START
     try:
-        if argv is not None:
+        if argv is None:
+            keep_memory()
+        else:
             START = time.monotonic()                                         # called by a program, not from a shell
         args = arguments().parse_args(argv)
         check(args)
