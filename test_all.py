@@ -1678,13 +1678,18 @@ def test_a_cut_run_goes_on_where_it_stopped(one_process, tmp_path):
                "train.Run.gradients = gradients; sys.exit(train.main(sys.argv[1:]) and 0)")
     pair(halfway, *arguments, "--shard", "--out", tmp_path)
     assert train.read_state(tmp_path)["step"] == 5
+    shutil.copytree(tmp_path, tmp_path / "alone")
     pair(program, *arguments, "--shard", "--out", tmp_path, "--resume")
     same_run(out, tmp_path)
+    one = start(program, *arguments, "--out", tmp_path / "alone", "--resume")                         # by one process
+    assert one.wait(120) == 0, one.stdout.read()
+    same_run(out, tmp_path / "alone")
 
 
 def test_shard_needs_several_processes(tmp_path, corpus):
-    code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 2, "--shard", "--out", tmp_path)
-    assert code == 2 and "--shard" in err and "torchrun" in err
+    for resume in ((), ("--resume",)):
+        code, _, err = run(train, "--data", corpus, *SMALL, "--steps", 2, "--shard", "--out", tmp_path, *resume)
+        assert code == 2 and "--shard" in err and "torchrun" in err
 
 
 def test_a_batch_must_divide_among_the_processes(monkeypatch):

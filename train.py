@@ -48,9 +48,6 @@ import tokenizers
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -149,6 +146,9 @@ def shard(model, processes, device):
     """Cut every weight by rows, a piece for each process (FSDP2): a block's are gathered while it computes and let go
     again, so that a model may outgrow one device. Gradients arrive as pieces too, summed over the processes.
     """
+    from torch.distributed.device_mesh import init_device_mesh               # a second to import: not for everyone
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.split(":")[0], (processes.size,))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh)
@@ -157,9 +157,14 @@ def shard(model, processes, device):
     register_fsdp_forward_method(model, "hidden")
 
 
+def is_cut(x):
+    """Whether a tensor is cut over the processes (a DTensor)."""
+    return hasattr(x, "full_tensor")
+
+
 def whole(x):
     """A tensor that is cut over the processes, whole; any other as it is. All processes must ask at once."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_cut(x) else x
 
 
 def gathered(x, keep):
@@ -168,7 +173,7 @@ def gathered(x, keep):
         return {k: gathered(v, keep) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [gathered(v, keep) for v in x]
-    if isinstance(x, DTensor):
+    if is_cut(x):
         x = x.full_tensor()
         return x.cpu() if keep else None
     return x
@@ -984,7 +989,7 @@ class Optimizer:
 
     def __init__(self, model, lr=LR, processes=None):
         self.lr, self.stacks, self.processes = lr, {}, processes or Processes()
-        self.cut = isinstance(model.embed.weight, DTensor)
+        self.cut = is_cut(model.embed.weight)
         hidden = set()
         for weight, i, j in model.matrices():
             hidden.add(weight)
@@ -1071,6 +1076,7 @@ class Optimizer:
         """Take over what `state_dict` gave, of any number of processes."""
         adam = state["adam"]
         if self.cut:
+            from torch.distributed.tensor import distribute_tensor
             weights = [w for group in self.adam.param_groups for w in group["params"]]
             adam = dict(adam, state={i: {k: distribute_tensor(v, weights[i].device_mesh, weights[i].placements)
                                          if v.shape == weights[i].shape else v for k, v in one.items()}
@@ -1649,8 +1655,6 @@ def plan(args, machine, processes):
                         "each kv head must serve the same number of heads")
     s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
     s["lr"] = args.lr or (LR if not args.init else LR / 10)
-    if args.shard and processes.size == 1:
-        raise UserError("--shard: there is one process; start several with torchrun --nproc_per_node=N train.py --shard")
     if args.compile is None and (args.steps or args.shard or not compiler_there()):
         s["compile"] = False                                                 # else None: the loop measures if it pays
     return s
@@ -1684,9 +1688,11 @@ def read_state(out):
 
 
 def resumed_settings(args, saved):
-    """Settings of a run that goes on: those it had; minutes or steps may differ, any other is refused by name."""
+    """Settings of a run that goes on: those it had; minutes or steps may differ, any other is refused by name. Over how
+    many processes it runs, and whether they share the weights, is no setting.
+    """
     for flag, value in vars(args).items():
-        if flag in ("resume", "out", "minutes", "steps") or value is None:
+        if flag in ("resume", "out", "minutes", "steps", "shard") or value is None:
             continue
         value = "a" * int(value) if flag == "layers" and value.isdigit() else value
         if value != saved[flag]:
@@ -1694,12 +1700,16 @@ def resumed_settings(args, saved):
                             "a resumed run keeps its settings")
     if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
         raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
-    return dict(saved, out=args.out, minutes=max(args.minutes or 0, saved["minutes"] or 0) or None,
+    compile = bool(saved["compile"]) if args.shard else saved["compile"]     # cut weights are not tried both ways
+    return dict(saved, out=args.out, shard=args.shard, compile=compile,
+                minutes=max(args.minutes or 0, saved["minutes"] or 0) or None,
                 steps=max(args.steps or 0, saved["steps"] or 0) or None)
 
 
 def prepare(args, processes):
     """Everything before the first step → Run (or None: a finished run with nothing left to do)."""
+    if args.shard and processes.size == 1:
+        raise UserError("--shard: there is one process; start N with torchrun --nproc_per_node=N train.py --shard")
     state = read_state(args.out) if args.resume else None
     if state:
         settings = resumed_settings(args, state["settings"])
