@@ -571,18 +571,20 @@ def latent_attention_backward_numpy(x, w_q, w_down, w_k, w_v, w_out, positions, 
 
 # --- 4. The kernels: the same lines, a row or a few in one program's registers ----------------------------------------
 #
-# A capital letter's name is a pointer, `x_row` the distance from one row of X to the next. Everything is computed in
+# A capital letter's name is a pointer, `x_row` the distance from one row of X to the next; where rows are the heads of
+# tokens, X_at is the distance from token to token, and from head to head. Everything is computed in
 # float32, whatever is stored. Padding up to a block's power of two is masked when loaded and when stored; offsets are
 # int64, since N · C may pass 2³¹.
 
 @jit
-def _rms_norm_fwd(X, Residual, W, Y, Sum, R, N, C, x_row, residual_row, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _rms_norm_fwd(X, Residual, W, Y, Sum, R, N, heads, C, X_at, Residual_at, eps, ROWS: tl.constexpr,
+                  BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     here = (row < N) & (c < C)
-    x = tl.load(X + row * x_row + c, mask=here, other=0.).to(tl.float32)     # padding adds 0 to the mean
-    if Residual is not None:
-        x += tl.load(Residual + row * residual_row + c, mask=here, other=0.).to(tl.float32)
+    x = tl.load(_row(X, X_at, row, heads) + c, mask=here, other=0.).to(tl.float32)                   # padding adds 0 to
+    if Residual is not None:                                                 # the mean
+        x += tl.load(_row(Residual, Residual_at, row, heads) + c, mask=here, other=0.).to(tl.float32)
         tl.store(Sum + row * C + c, x, mask=here)
     w = tl.load(W + c, mask=c < C, other=0.).to(tl.float32)
     r = 1 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / C + eps)              # [ROWS, 1]
@@ -591,7 +593,12 @@ def _rms_norm_fwd(X, Residual, W, Y, Sum, R, N, C, x_row, residual_row, eps, ROW
 
 
 @jit
-def _rms_norm_bwd(dY, dSum, X, W, R, dX, dW, N, C, dy_row, dsum_row, x_row, rounds, ROWS: tl.constexpr,
+def _row(X, X_at, row, heads):
+    return X + row // heads * X_at[0] + row % heads * X_at[1]
+
+
+@jit
+def _rms_norm_bwd(dY, dSum, X, W, R, dX, dW, N, heads, C, dY_at, dSum_at, X_at, rounds, ROWS: tl.constexpr,
                   BLOCK_C: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[None, :]
@@ -599,15 +606,15 @@ def _rms_norm_bwd(dY, dSum, X, W, R, dX, dW, N, C, dy_row, dsum_row, x_row, roun
     for i in range(rounds):
         row = (program * rounds + i) * ROWS + tl.arange(0, ROWS)[:, None]
         here = (row < N) & (c < C)
-        x = tl.load(X + row * x_row + c, mask=here, other=0.).to(tl.float32)
-        dy = tl.load(dY + row * dy_row + c, mask=here, other=0.).to(tl.float32)
+        x = tl.load(_row(X, X_at, row, heads) + c, mask=here, other=0.).to(tl.float32)
+        dy = tl.load(_row(dY, dY_at, row, heads) + c, mask=here, other=0.).to(tl.float32)
         r = tl.load(R + row, mask=row < N, other=0.)
         x_hat = x * r
         dw += dy * x_hat
         dx_hat = dy * tl.load(W + c, mask=c < C, other=0.).to(tl.float32)    # read anew: registers are what is short
         dx = r * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, 1, keep_dims=True) / C))
         if dSum is not None:
-            dx += tl.load(dSum + row * dsum_row + c, mask=here, other=0.).to(tl.float32)
+            dx += tl.load(_row(dSum, dSum_at, row, heads) + c, mask=here, other=0.).to(tl.float32)
         tl.store(dX + row * C + c, dx, mask=here)
     c = tl.arange(0, BLOCK_C)                                                # a row a program, to be summed afterwards:
     tl.store(dW + program * C + c, tl.sum(dw, 0), mask=c < C)                # no atomics, so the same bits each time
@@ -762,39 +769,60 @@ def _warps(elements):
     return min(max(elements // 512, 4), 16)
 
 
+def _heads(x, turned):
+    """x [..., C] → [tokens, heads, C] for a kernel: a view where that can be, else a copy. turned: [B, heads, T, C]."""
+    x = x.transpose(1, 2) if turned else x
+    x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class _RMSNormKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps, residual):
-        rows, added = _rows(x), None if residual is None else _rows(residual)
-        (N, C), BLOCK_C = rows.shape, triton.next_power_of_2(x.shape[-1])
-        ROWS = max(1, 2048 // BLOCK_C)
-        y = torch.empty(N, C, dtype=x.dtype if added is None else torch.promote_types(x.dtype, added.dtype),
+        turned = x.ndim == 4 and x.stride(1) < x.stride(2)                   # heads of a fused product: taken as they
+        rows, added = _heads(x, turned), None if residual is None else _heads(residual, turned)      # lie
+        (tokens, heads, C), BLOCK_C = rows.shape, triton.next_power_of_2(x.shape[-1])
+        N, ROWS = tokens * heads, max(1, 2048 // BLOCK_C)
+        y = torch.empty(rows.shape, dtype=x.dtype if added is None else torch.promote_types(x.dtype, added.dtype),
                         device=x.device)
         total = None if added is None else torch.empty_like(y)
         r = torch.empty(N, device=x.device)
         _rms_norm_fwd[(triton.cdiv(N, ROWS),)](
-            rows, added, w.contiguous(), y, total, r, N, C, rows.stride(0), 0 if added is None else added.stride(0),
-            eps, ROWS=ROWS, BLOCK_C=BLOCK_C, num_warps=_warps(ROWS * BLOCK_C))
+            rows, added, w.contiguous(), y, total, r, N, heads, C, rows.stride()[:2],
+            None if added is None else added.stride()[:2], eps, ROWS=ROWS, BLOCK_C=BLOCK_C,
+            num_warps=_warps(ROWS * BLOCK_C))
         ctx.save_for_backward(rows if total is None else total, w, r)
         ctx.dtypes, ctx.shape = (x.dtype, residual.dtype if residual is not None else None), x.shape
+        ctx.turned = turned
         ctx.set_materialize_grads(False)                                     # a sum that nothing reads has no gradient
-        return y.view(x.shape) if total is None else (y.view(x.shape), total.view(x.shape))
+        return _unturn(y, x.shape, turned) if total is None else (
+            _unturn(y, x.shape, turned), _unturn(total, x.shape, turned))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsum=None):
         rows, w, r = ctx.saved_tensors
-        (N, C), BLOCK_C = rows.shape, triton.next_power_of_2(rows.shape[1])
-        dy = torch.zeros_like(rows) if dy is None else _rows(dy)
-        dsum = None if dsum is None else _rows(dsum)
-        ROWS = max(1, 2048 // BLOCK_C)
+        (tokens, heads, C), BLOCK_C = rows.shape, triton.next_power_of_2(rows.shape[2])
+        dy = torch.zeros_like(rows) if dy is None else _heads(dy, ctx.turned)
+        dsum = None if dsum is None else _heads(dsum, ctx.turned)
+        N, ROWS = tokens * heads, max(1, 2048 // BLOCK_C)
         rounds = triton.cdiv(triton.cdiv(N, ROWS), 512)                      # ≤ 512 programs: each chip full, dw small
-        dx, dw = torch.empty_like(rows), torch.empty(triton.cdiv(N, ROWS * rounds), C, device=w.device)
+        dx = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        dw = torch.empty(triton.cdiv(N, ROWS * rounds), C, device=w.device)
         _rms_norm_bwd[(len(dw),)](
-            dy, dsum, rows, w.contiguous(), r, dx, dw, N, C, dy.stride(0), 0 if dsum is None else dsum.stride(0),
-            rows.stride(0), rounds, ROWS=ROWS, BLOCK_C=BLOCK_C, num_warps=_warps(ROWS * BLOCK_C))
-        dx, (x_type, residual_type) = dx.view(ctx.shape), ctx.dtypes
+            dy, dsum, rows, w.contiguous(), r, dx, dw, N, heads, C, dy.stride()[:2],
+            None if dsum is None else dsum.stride()[:2], rows.stride()[:2], rounds, ROWS=ROWS, BLOCK_C=BLOCK_C,
+            num_warps=_warps(ROWS * BLOCK_C))
+        dx, (x_type, residual_type) = _unturn(dx, ctx.shape, ctx.turned), ctx.dtypes
         return dx.to(x_type), dw.sum(0).to(w.dtype), None, None if residual_type is None else dx.to(residual_type)
+
+
+def _unturn(y, shape, turned):
+    """[tokens, heads, C] → `shape`."""
+    if not turned:
+        return y.view(shape)
+    B, H, T, C = shape
+    return y.view(B, T, H, C).transpose(1, 2)
 
 
 def _inverse_rms(x, eps):
@@ -1191,7 +1219,9 @@ class Rotary:
 
     def __call__(self, q, k, positions):
         """q [B, H, T, D] and k [B, G, T, D], rotated."""
-        make = lambda: rotary_cos_sin(positions, self.inv_freq.to(q.device), self.factor, q.dtype)
+        if self.inv_freq.device != q.device:
+            self.inv_freq = self.inv_freq.to(q.device)
+        make = lambda: rotary_cos_sin(positions, self.inv_freq, self.factor, q.dtype)
         if torch.compiler.is_compiling():                                    # a graph shares what is alike by itself
             return _rotate_q_k(q, k, *make())
         version = None if positions.is_inference() else positions._version
@@ -1261,8 +1291,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(C, eps), mlp
 
     def forward(self, x, positions, state=None):
-        x = x + self.attention(self.attention_norm(x), positions, state)
-        return x + self.mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm(self.attention(self.attention_norm(x), positions, state), residual=x)
+        return x + self.mlp(normed)
 
     def delta(self, x, positions, state=None):
         """What the block adds to x, without x: Mixture of Depths scales it."""

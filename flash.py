@@ -46,6 +46,9 @@ import torch.nn.functional as F
 from attention import (_floats, _peak_megabytes, _tanh, attention, attention_backward_numpy,
                        attention_numpy, jit, on_kernel, tl, triton)
 
+if triton:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
 LOG2E = math.log2(math.e)                                                    # e^x = 2^(x log₂e)
 
 
@@ -279,9 +282,11 @@ def flash_decode_numpy(q, k_pages, v_pages, block_table, lengths, k_scale=None, 
 
 # --- 3. The kernels: the same lines, a tile in one program's registers ------------------------------------------------
 #
-# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie. A pack of sequences
-# is one row of the batch in which each begins at its offset in Cu; a dense batch has no Cu. Offsets are int64. The loop
-# over tiles runs in three parts, of which only the first and the last, at the edges of what is seen, need a mask.
+# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie; where it is None, X is
+# a descriptor, and the chip's copy engine brings tiles (from Hopper on: no registers for addresses, zeros past the
+# ends). A pack of sequences is one row of the batch in which each begins at its offset in Cu; a dense batch has no Cu.
+# Offsets are int64. The loop over tiles runs in three parts, of which only the first and the last, at the edges of what
+# is seen, need a mask.
 
 _key_tiles, _query_tiles = jit(key_tiles), jit(query_tiles)
 
@@ -308,15 +313,29 @@ def _sequence(Cu, b, N):
 
 
 @jit
-def _load(X, X_at, token, d, end, D: tl.constexpr, EDGE: tl.constexpr):
-    """Tokens [N] of one head, numbers d [BLOCK_D] → [N, BLOCK_D]; 0 from token `end` on, and past D."""
-    here = X + token.to(tl.int64)[:, None] * X_at[2] + d.to(tl.int64)[None, :] * X_at[3]
-    if EDGE:
-        x = tl.load(here, mask=(token < end)[:, None] & (d < D)[None, :], other=0.)
-    elif d.shape[0] == D:
-        x = tl.load(here)
+def _head(X, X_at, row, h, start):
+    """Where a sequence's tokens begin, in one head. A descriptor knows by itself."""
+    if X_at is not None:
+        X += row * X_at[0] + h * X_at[1] + start * X_at[2]
+    return X
+
+
+@jit
+def _load(X, X_at, row, h, first, N: tl.constexpr, d, end, D: tl.constexpr, EDGE: tl.constexpr):
+    """Tokens first … first + N − 1 of one head, numbers d [BLOCK_D] → [N, BLOCK_D]; 0 from token `end` on, and past D.
+    X is a pointer to the head, or a descriptor, which wants to be told row and h.
+    """
+    if X_at is None:
+        x = X.load([row.to(tl.int32), h.to(tl.int32), first, 0]).reshape([N, d.shape[0]])
     else:
-        x = tl.load(here, mask=(d < D)[None, :], other=0.)
+        token = first + tl.arange(0, N)
+        here = X + token.to(tl.int64)[:, None] * X_at[2] + d.to(tl.int64)[None, :] * X_at[3]
+        if EDGE:
+            x = tl.load(here, mask=(token < end)[:, None] & (d < D)[None, :], other=0.)
+        elif d.shape[0] == D:
+            x = tl.load(here)
+        else:
+            x = tl.load(here, mask=(d < D)[None, :], other=0.)
     return x
 
 
@@ -380,17 +399,16 @@ def _flash_fwd(Q, K, V, O, Lse, Sinks, Slopes, CuQ, CuK, Owner, Q_at, K_at, V_at
     i0 = tile * BLOCK_M
     if i0 >= T_b:
         return
-    Q += row * Q_at[0] + h * Q_at[1] + q_start * Q_at[2]
-    O += row * O_at[0] + h * O_at[1] + q_start * O_at[2]
-    K += row * K_at[0] + h // GROUP * K_at[1] + k_start * K_at[2]
-    V += row * V_at[0] + h // GROUP * V_at[1] + k_start * V_at[2]
+    g = h // GROUP
+    Q, O = _head(Q, Q_at, row, h, q_start), _head(O, O_at, row, h, q_start)
+    K, V = _head(K, K_at, row, g, k_start), _head(V, V_at, row, g, k_start)
     Lse += (row * H + h) * T + q_start
 
     i, d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     at, slope = (i + S_b - T_b)[:, None], None
     if Slopes is not None:
         slope = tl.load(Slopes + h)
-    q = _load(Q, Q_at, i, d, T_b, D, True)                                   # [M, D]: read once, kept
+    q = _load(Q, Q_at, row, h, i0, BLOCK_M, d, T_b, D, True)                 # [M, D]: read once, kept
     m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if Sinks is not None:
         m_i, l_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(Sinks + h), l_i + 1
@@ -399,11 +417,11 @@ def _flash_fwd(Q, K, V, O, Lse, Sinks, Slopes, CuQ, CuK, Owner, Q_at, K_at, V_at
     for part in tl.static_range(3):
         for j0 in range(edges[part], edges[part + 1], BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)
-            k = _load(K, K_at, j, d, S_b, D, part != 1)                      # [N, D]
+            k = _load(K, K_at, row, g, j0, BLOCK_N, d, S_b, D, part != 1)    # [N, D]
             s = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             s = _scores(s, at, j[None, :], S_b, cap, slope, window, CAUSAL, part != 1)[0]
             p, m_i, l_i, acc = _softmax_step(s, unit, m_i, l_i, acc)
-            v = _load(V, V_at, j, d, S_b, D, part != 1)
+            v = _load(V, V_at, row, g, j0, BLOCK_N, d, S_b, D, part != 1)
             acc = _dot(p.to(v.dtype), v, acc)
     acc, lse = _finish(m_i, l_i, acc)
     _store(O, O_at, i, d, T_b, acc.to(O.dtype.element_ty), D)                # written once
@@ -422,12 +440,10 @@ def _flash_bwd_dq(dO, O, Q, K, V, Lse, Delta, dQ, Slopes, CuQ, CuK, Owner, dO_at
     i0 = tile * BLOCK_M
     if i0 >= T_b:
         return
-    dO += row * dO_at[0] + h * dO_at[1] + q_start * dO_at[2]
-    O += row * O_at[0] + h * O_at[1] + q_start * O_at[2]
-    Q += row * Q_at[0] + h * Q_at[1] + q_start * Q_at[2]
-    dQ += row * dQ_at[0] + h * dQ_at[1] + q_start * dQ_at[2]
-    K += row * K_at[0] + h // GROUP * K_at[1] + k_start * K_at[2]
-    V += row * V_at[0] + h // GROUP * V_at[1] + k_start * V_at[2]
+    g = h // GROUP
+    dO, O = _head(dO, dO_at, row, h, q_start), _head(O, O_at, row, h, q_start)
+    Q, dQ = _head(Q, Q_at, row, h, q_start), _head(dQ, dQ_at, row, h, q_start)
+    K, V = _head(K, K_at, row, g, k_start), _head(V, V_at, row, g, k_start)
     Lse += (row * H + h) * T + q_start
     Delta += (row * H + h) * T + q_start
 
@@ -435,10 +451,10 @@ def _flash_bwd_dq(dO, O, Q, K, V, Lse, Delta, dQ, Slopes, CuQ, CuK, Owner, dO_at
     at, slope = (i + S_b - T_b)[:, None], None
     if Slopes is not None:
         slope = tl.load(Slopes + h)
-    do = _load(dO, dO_at, i, d, T_b, D, True)                                # [M, D]
-    delta = tl.sum(do.to(tl.float32) * _load(O, O_at, i, d, T_b, D, True).to(tl.float32), 1)
+    do = _load(dO, dO_at, row, h, i0, BLOCK_M, d, T_b, D, True)              # [M, D]
+    delta = tl.sum(do.to(tl.float32) * _load(O, O_at, row, h, i0, BLOCK_M, d, T_b, D, True).to(tl.float32), 1)
     tl.store(Delta + i, delta, mask=i < T_b)                                 # for dk, dv, which come after
-    q = _load(Q, Q_at, i, d, T_b, D, True)
+    q = _load(Q, Q_at, row, h, i0, BLOCK_M, d, T_b, D, True)
     lse = tl.load(Lse + i, mask=i < T_b, other=0.)
     lse = tl.where(lse > -float("inf"), lse, 0.)[:, None]                    # a row that sees no key: all p are 0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -446,8 +462,8 @@ def _flash_bwd_dq(dO, O, Q, K, V, Lse, Delta, dQ, Slopes, CuQ, CuK, Owner, dO_at
     for part in tl.static_range(3):
         for j0 in range(edges[part], edges[part + 1], BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)
-            k = _load(K, K_at, j, d, S_b, D, part != 1)                      # [N, D]
-            v = _load(V, V_at, j, d, S_b, D, part != 1)
+            k = _load(K, K_at, row, g, j0, BLOCK_N, d, S_b, D, part != 1)    # [N, D]
+            v = _load(V, V_at, row, g, j0, BLOCK_N, d, S_b, D, part != 1)
             s = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             s, slope_of_cap = _scores(s, at, j[None, :], S_b, cap, slope, window, CAUSAL, part != 1)
             p = tl.exp2(s * unit - lse)
@@ -467,38 +483,36 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
     j0 = tile * BLOCK_N
     if j0 >= S_b:
         return
-    dO += row * dO_at[0] + q_start * dO_at[2]
-    Q += row * Q_at[0] + q_start * Q_at[2]
-    K += row * K_at[0] + g * K_at[1] + k_start * K_at[2]
-    V += row * V_at[0] + g * V_at[1] + k_start * V_at[2]
-    dK += row * dK_at[0] + g * dK_at[1] + k_start * dK_at[2]
-    dV += row * dV_at[0] + g * dV_at[1] + k_start * dV_at[2]
+    K, V = _head(K, K_at, row, g, k_start), _head(V, V_at, row, g, k_start)
+    dK, dV = _head(dK, dK_at, row, g, k_start), _head(dV, dV_at, row, g, k_start)
 
     j, d = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _load(K, K_at, j, d, S_b, D, True)                                   # [N, D]: read once, kept
-    v = _load(V, V_at, j, d, S_b, D, True)
+    k = _load(K, K_at, row, g, j0, BLOCK_N, d, S_b, D, True)                 # [N, D]: read once, kept
+    v = _load(V, V_at, row, g, j0, BLOCK_N, d, S_b, D, True)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     edges = _query_tiles(j0, T_b, S_b, window, CAUSAL, BLOCK_M, BLOCK_N)
     for part in tl.static_range(3):
-        begin, count = edges[part], max(tl.cdiv(edges[part + 1] - edges[part], BLOCK_M), 0)
-        for n in range(count * GROUP):                                       # for each of the heads that share the keys
-            h, i0 = g * GROUP + n // count, begin + n % count * BLOCK_M      # the tiles that see them
-            i, of_row, slope = i0 + tl.arange(0, BLOCK_M), (row * G * GROUP + h) * T + q_start, None
+        for r in range(GROUP):                                               # the heads that share the keys, and of each
+            h = g * GROUP + r                                                # the tiles that see them
+            of_row, slope = (row * G * GROUP + h) * T + q_start, None
             if Slopes is not None:
                 slope = tl.load(Slopes + h)
-            q = _load(Q + h * Q_at[1], Q_at, i, d, T_b, D, part != 1)        # [M, D]
-            do = _load(dO + h * dO_at[1], dO_at, i, d, T_b, D, part != 1)
-            lse = tl.load(Lse + of_row + i, mask=i < T_b, other=float("inf"))                        # past T: p is 0
-            delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
-            lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
-            s = _dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            at = (i + S_b - T_b)[None, :]
-            s, slope_of_cap = _scores(s, at, j[:, None], S_b, cap, slope, window, CAUSAL, part != 1)
-            p = tl.exp2(s * unit - lse)                                      # tiles stand on end here, [N, M], so that
-            dv = _dot(p.to(do.dtype), do, dv)                                # p need not be turned to meet do
-            dp = _dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            ds = p * (dp - delta[None, :]) * slope_of_cap
-            dk = _dot(ds.to(q.dtype), q, dk)
+            Q_h, dO_h = _head(Q, Q_at, row, h, q_start), _head(dO, dO_at, row, h, q_start)
+            for i0 in range(edges[part], edges[part + 1], BLOCK_M):          # no division in here: with one, Triton 3.6
+                i = i0 + tl.arange(0, BLOCK_M)
+                q = _load(Q_h, Q_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)                      # made wrong dk of
+                do = _load(dO_h, dO_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)                   # tiles of 64 keys
+                lse = tl.load(Lse + of_row + i, mask=i < T_b, other=float("inf"))                    # past T: p is 0
+                delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
+                lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
+                s = _dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                at = (i + S_b - T_b)[None, :]
+                s, slope_of_cap = _scores(s, at, j[:, None], S_b, cap, slope, window, CAUSAL, part != 1)
+                p = tl.exp2(s * unit - lse)                                  # tiles stand on end here, [N, M], so that
+                dv = _dot(p.to(do.dtype), do, dv)                            # p need not be turned to meet do
+                dp = _dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+                ds = p * (dp - delta[None, :]) * slope_of_cap
+                dk = _dot(ds.to(q.dtype), q, dk)
     _store(dK, dK_at, j, d, S_b, (dk * scale).to(dK.dtype.element_ty), D)
     _store(dV, dV_at, j, d, S_b, dv.to(dV.dtype.element_ty), D)
 
@@ -580,17 +594,24 @@ def _flash_merge(Parts, Lse, Sinks, O, O_at, B, T, H, splits, D: tl.constexpr, B
 # On a GPU the kernels; on a CPU torch's scaled_dot_product_attention where it has the options, else rows of queries at
 # a time. Both of our paths are one op to torch.compile, which need not look inside.
 
-# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv. Chosen
-# by compiling: the largest that keep their numbers in registers, in half precision at D ≤ 128.
+# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv. "copied":
+# tiles come through descriptors. On Hopper timed (H200), elsewhere chosen by compiling: the largest that keep their
+# numbers in registers, in half precision at D ≤ 128. (Of those timed, two spill a few and are faster for it.)
 TILES = {
-    "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)),
                 128: ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
                 256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))},
-    "cuda 90": {64: ((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
-                128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+    "cuda 90": {64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+                128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3)),
                 256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "cuda 90 copied": {64: ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+                       128: ((128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
+                       256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
+    "cuda 90 copied causal": {64: ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+                              128: ((64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 3)),
+                              256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
     "cuda 100": {64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-                 128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+                 128: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 1)),
                  256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))},
     "hip": {128: ((128, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
             256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))},
@@ -609,12 +630,33 @@ def _chip():
     return f"cuda {max(n for n in (80, 90, 100) if n <= max(target.arch, 80))}" if target.arch < 120 else "cuda 80"
 
 
-def _tiles(x):
-    """Launch options for x [..., D], of forward, dq, and dk dv."""
-    chip = _chip()
-    rows = TILES["float32" if chip != "interpreter" and x.element_size() == 4 else chip]
-    sizes = next(row for D, row in rows.items() if x.shape[-1] <= D)
-    return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), size)) for size in sizes]
+def _describable(x):
+    """Whether the copy engine can take tiles out of x: 16-bit numbers in rows that begin at multiples of 16 bytes."""
+    return (x.element_size() == 2 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+            and all(n == 1 or step > 0 and step % 8 == 0 for n, step in zip(x.shape[:3], x.stride())))
+
+
+def _tiles(cu, causal, *tensors):
+    """→ launch options of forward, dq, and dk dv, and whether the kernels take tensors through descriptors. A pack goes
+    without: its sequences end amid the rows.
+    """
+    x, chip = tensors[0], _chip()
+    copied = cu is None and chip in ("cuda 90", "interpreter") and all(map(_describable, tensors))
+    rows = [chip, f"{chip} copied" * copied, f"{chip} copied causal" * (copied and causal)]
+    if chip != "interpreter" and x.element_size() == 4:
+        rows = ["float32"]
+    table = next(TILES[row] for row in reversed(rows) if row in TILES)
+    sizes = next(sizes for D, sizes in table.items() if x.shape[-1] <= D)
+    return *(dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), size)) for size in sizes), copied
+
+
+def _sources(copied, *tensors):
+    """(x, rows a tile) → what a kernel reads each from: descriptors and no strides, or the tensors and their strides."""
+    if not copied:
+        return [x for x, _ in tensors], [x.stride() for x, _ in tensors]
+    D = max(16, triton.next_power_of_2(tensors[0][0].shape[-1]))
+    steps = lambda x: [8 if n == 1 else step for n, step in zip(x.shape[:3], x.stride())] + [1]
+    return [TensorDescriptor(x, list(x.shape), steps(x), [1, 1, rows, D]) for x, rows in tensors], [None] * len(tensors)
 
 
 def _owners(cu_seqlens, total, BLOCK):
@@ -642,11 +684,13 @@ def _forward_on_kernel(q, k, v, sinks, alibi, cu_q, cu_k, causal, window, softca
     o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
     if cu_q is not None:                                                     # rows past the last offset: zeros that
         o.zero_(), lse.fill_(torch.inf)                                      # saw nothing
-    size = _tiles(q)[0]
-    owner, tiles = _owners(cu_q, T, size["BLOCK_M"])
+    size, _, _, copied = _tiles(cu_q, causal, q, k, v)
+    M, N = size["BLOCK_M"], size["BLOCK_N"]
+    owner, tiles = _owners(cu_q, T, M)
+    read, read_at = _sources(copied, (q, M), (k, N), (v, N))
     _flash_fwd[(tiles * H * B,)](
-        q, k, v, o, lse, sinks, slopes, cu_q, cu_k, owner, q.stride(), k.stride(), v.stride(), o.stride(), T, S, tiles,
-        H, unit, cap, window, GROUP=H // G, CAUSAL=causal, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **size)
+        *read, o, lse, sinks, slopes, cu_q, cu_k, owner, *read_at, o.stride(), T, S, tiles, H, unit, cap, window,
+        GROUP=H // G, CAUSAL=causal, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **size)
     return o, lse
 
 
@@ -656,16 +700,20 @@ def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, w
     _, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
     make = torch.empty_like if cu_q is None else torch.zeros_like
     dq, dk, dv, delta = make(q), make(k), make(v), make(lse)
-    _, size_q, size_k = _tiles(q)
+    _, size_q, size_k, copied = _tiles(cu_q, causal, q, k, v, o, do)
     shape = dict(GROUP=H // G, CAUSAL=causal, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
-    owner, tiles = _owners(cu_q, T, size_q["BLOCK_M"])
+    M, N = size_q["BLOCK_M"], size_q["BLOCK_N"]
+    owner, tiles = _owners(cu_q, T, M)
+    read, read_at = _sources(copied, (do, M), (o, M), (q, M), (k, N), (v, N))
     _flash_bwd_dq[(tiles * H * B,)](
-        do, o, q, k, v, lse, delta, dq, slopes, cu_q, cu_k, owner, do.stride(), o.stride(), q.stride(), k.stride(),
-        v.stride(), dq.stride(), T, S, tiles, H, scale, unit, cap, window, **shape, **size_q)
-    owner, tiles = _owners(cu_k, S, size_k["BLOCK_N"])
+        *read, lse, delta, dq, slopes, cu_q, cu_k, owner, *read_at, dq.stride(), T, S, tiles, H, scale, unit, cap,
+        window, **shape, **size_q)
+    M, N = size_k["BLOCK_M"], size_k["BLOCK_N"]
+    owner, tiles = _owners(cu_k, S, N)
+    read, read_at = _sources(copied, (do, M), (q, M), (k, N), (v, N))
     _flash_bwd_dkdv[(tiles * G * B,)](
-        do, q, k, v, lse, delta, dk, dv, slopes, cu_q, cu_k, owner, do.stride(), q.stride(), k.stride(), v.stride(),
-        dk.stride(), dv.stride(), T, S, tiles, G, scale, unit, cap, window, **shape, **size_k)
+        *read, lse, delta, dk, dv, slopes, cu_q, cu_k, owner, *read_at, dk.stride(), dv.stride(), T, S, tiles, G,
+        scale, unit, cap, window, **shape, **size_k)
     return dq, dk, dv, _dsinks(sinks, lse, delta)
 
 
@@ -969,6 +1017,8 @@ def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scal
     else:
         BLOCK_M = min(64, max(16, triton.next_power_of_2(T * H // G)))
         BLOCK_N, full = 64 if D <= 128 and _chip() != "hip" else 32, 4 * _multiprocessors(q.device)
+        if k_scale is not None and D <= 128 and _chip() == "cuda 90":        # int8: half the bytes, twice the keys
+            BLOCK_N, full = 128, full // 2
     tiles = triton.cdiv(T * H // G, BLOCK_M)
     splits = max(1, min(full // (B * G * tiles), triton.cdiv(n * page, 4 * BLOCK_N), 128))           # enough to fill it
     parts, lse = torch.empty(splits, B, T, H, D, device=q.device), torch.empty(splits, B, T, H, device=q.device)
@@ -977,7 +1027,7 @@ def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scal
         q, k_pages, v_pages, k_scale, v_scale, block_table, lengths, parts, lse, slopes, q.stride(), k_pages.stride(),
         v_pages.stride(), none if k_scale is None else k_scale.stride(), none if v_scale is None else v_scale.stride(),
         block_table.stride(), lengths.stride(), B, T, G, splits, tiles, unit, cap, window, GROUP=H // G, PAGE=page, D=D,
-        BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=3)
+        BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2)
     _flash_merge[(B * T * H,)](parts, lse, sinks, o, o.stride(), B, T, H, splits, D=D, BLOCK_D=BLOCK_D,
                                SPLITS=triton.next_power_of_2(splits), num_warps=1 if splits < 16 else 4)
     return o
@@ -1055,7 +1105,7 @@ def show_growth(device, longest):
 def show_speed(longest):
     """On a GPU: print TFLOP/s of both passes beside torch's backends, and decoding beside a copy."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    dtype, milliseconds = torch.bfloat16, triton.testing.do_bench
+    dtype, milliseconds, recorded = torch.bfloat16, triton.testing.do_bench, triton.testing.do_bench_cudagraph
     randn = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
     a, source = randn(8192, 8192).detach(), torch.zeros(2 ** 29, device="cuda", dtype=dtype)
     copied = torch.empty_like(source)
@@ -1092,7 +1142,7 @@ def show_speed(longest):
             T *= 2
 
     S, H, G, D, page = 32768, 32, 8, 128, 16
-    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}\n\n{'B':>5}{'pages':>12}"
+    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}, as a CUDA graph\n\n{'B':>5}{'pages':>12}"
           f"{'GB/s':>10}{'of a copy':>12}")
     for B in (1, 8, 64):
         table = torch.randperm(B * S // page, device="cuda").int().view(B, -1)
@@ -1102,7 +1152,7 @@ def show_speed(longest):
             names = ("k_scale", "v_scale") if kind == torch.int8 else ()
             scales = {name: torch.ones(k.shape[:3], device="cuda") for name in names}
             q, moved = randn(B, H, D).detach(), 2 * k.nbytes + sum(s.nbytes for s in scales.values())
-            rate = moved / 1e6 / milliseconds(lambda: flash_decode(q, k, v, table, lengths, **scales))
+            rate = moved / 1e6 / recorded(lambda: flash_decode(q, k, v, table, lengths, **scales))
             print(f"{B:5}{str(kind)[6:]:>12}{rate:10,.0f}{rate / copy:12.0%}", flush=True)
 
 

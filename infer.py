@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from flash import flash_decode
+from flash import flash_attention_varlen, flash_decode
 from train import Parser, UserError, load, measure, positive
 
 
@@ -454,7 +454,24 @@ class Pages:
                 for a in (np.concatenate(slots), table, lengths)]
 
     def states(self, segments):
-        return self.layers(*self.places(segments), [(stop - start, stop) for _, start, stop in segments])
+        """Three kinds of work: rows of one token are decoded together; whole prompts are one pack, their keys and
+        values just computed; what goes on with a prompt reads its pages, a sequence at a time.
+        """
+        slots, table, lengths = self.places(segments)
+        counts = np.array([stop - start for _, start, stop in segments])
+        ends, stops = np.cumsum(counts), np.array([stop for _, _, stop in segments])
+        there = lambda *parts: torch.from_numpy(np.concatenate(parts)).to(table.device)
+        ones, whole = counts == 1, (counts > 1) & (counts == stops) & (self.scale[0] is None)
+        one = pack = None
+        if ones.any():
+            rows = there(np.flatnonzero(ones))
+            one = there(ends[ones] - 1), table[rows], lengths[rows]
+        if whole.any():
+            pack = (there(*(np.arange(end - n, end) for end, n in zip(ends[whole], counts[whole]))),
+                    there([0], np.cumsum(counts[whole])))
+        rest = [(slice(ends[i] - counts[i], ends[i]), table[i:i + 1, :-(-stops[i] // self.size)], int(stops[i]))
+                for i in np.flatnonzero(~ones & ~whole)]
+        return self.layers(slots, one, pack, rest)
 
     def shape(self, segments):
         """What a step for these segments is compiled for: rows and pages a row, in powers of two."""
@@ -466,22 +483,26 @@ class Pages:
         slots, table, lengths = self.places(segments, *shape)
         tokens = torch.zeros(1, shape[0], dtype=torch.int64)
         tokens[0, :len(segments)] = torch.tensor([r.ids[start] for r, start, _ in segments])
-        return list(range(len(segments))), tokens.to(slots.device), lengths[None] - 1, [slots, table, lengths]
+        return slice(len(segments)), tokens.to(slots.device), lengths[None] - 1, [slots, table, lengths]
 
     def graph(self, slots, table, lengths):
-        return self.layers(slots, table, lengths)
+        return self.layers(slots, (slice(None), table, lengths))
 
-    def layers(self, slots, table, lengths, segments=None):
-        """segments: (tokens, length after them) of each; None: one token each, as in a graph of fixed shape."""
+    def layers(self, slots, one=None, pack=None, rest=()):
         parts = list(zip(self.data, self.scale))
-        return [PageState(parts[i:i + 2], slots, table, lengths, segments) for i in range(0, len(parts), 2)]
+        return [PageState(parts[i:i + 2], slots, one, pack, rest) for i in range(0, len(parts), 2)]
 
 
 class PageState:
-    """The state of one layer's attention over pages."""
+    """The state of one layer's attention over pages. slots: where each token goes; what there is to do:
 
-    def __init__(self, parts, slots, table, lengths, segments):
-        self.parts, self.slots, self.table, self.lengths, self.segments = parts, slots, table, lengths, segments
+    one     tokens that are decoded, their tables [B, n] and lengths [B]
+    pack    tokens of prompts from their beginnings, and the offsets of each
+    rest    (tokens, table [1, n], length) of each prompt that goes on
+    """
+
+    def __init__(self, parts, slots, one, pack, rest):
+        self.parts, self.slots, self.one, self.pack, self.rest = parts, slots, one, pack, rest
 
     def write(self, x, pages, scale):
         x = x[0].transpose(0, 1)                                             # [N, G, D]
@@ -491,30 +512,27 @@ class PageState:
         pages.view(-1, *pages.shape[2:]).index_copy_(0, self.slots, x)
 
     @staticmethod
-    def read(table, seen, dtype, pages, scale):
-        """table [B, n], seen [B, n · size] → [B, G, n · size, D]; what is not seen may hold anything, and becomes 0."""
+    def read(table, stop, dtype, pages, scale):
+        """→ the first `stop` keys or values of a sequence [1, G, stop, D]."""
         x = pages[table] if scale is None else pages[table] * scale[table][..., None]
-        return x.to(dtype).flatten(1, 2).masked_fill(~seen[..., None, None], 0).transpose(1, 2)
+        return x.to(dtype).flatten(1, 2)[:, :stop].transpose(1, 2)
 
     def attend(self, q, k, v, attention, window=None):
         """q [1, H, N, D], k, v [1, G, N, D] → [1, H, N, D]."""
-        self.write(k, *self.parts[0])
-        self.write(v, *self.parts[1])
-        if self.segments is None or all(count == 1 for count, _ in self.segments):
-            return self.decode(q, window)
-        parts, at = [], 0
-        for i, (count, stop) in enumerate(self.segments):
-            table = self.table[i:i + 1, :-(-stop // self.parts[0][0].shape[1])]
-            seen = torch.arange(table.numel() * self.parts[0][0].shape[1], device=q.device)[None] < stop
-            keys, values = (self.read(table, seen, q.dtype, *part)[:, :, :stop] for part in self.parts)
-            parts.append(attention(q[:, :, at:at + count], keys, values, window=window))
-            at += count
-        return torch.cat(parts, dim=2)
-
-    def decode(self, q, window):
-        """One token a row, all rows at once."""
         (keys, k_scale), (values, v_scale) = self.parts
-        y = flash_decode(q[0].transpose(0, 1), keys, values, self.table, self.lengths, k_scale, v_scale, window)
+        self.write(k, keys, k_scale)
+        self.write(v, values, v_scale)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                  # [N, ·, D]
+        y = torch.empty_like(q)
+        if self.one:
+            tokens, table, lengths = self.one
+            y[tokens] = flash_decode(q[tokens], keys, values, table, lengths, k_scale, v_scale, window)
+        if self.pack:
+            tokens, cu = self.pack
+            y[tokens] = flash_attention_varlen(q[tokens], k[tokens], v[tokens], cu, cu, window=window)
+        for tokens, table, stop in self.rest:
+            y[tokens] = attention(q[tokens].transpose(0, 1)[None], *(self.read(table, stop, q.dtype, *part)
+                                  for part in self.parts), window=window)[0].transpose(0, 1)
         return y.transpose(0, 1)[None]
 
 
@@ -719,7 +737,7 @@ def sample(logits, requests):
 
     if rows := rows_of(lambda s: s.greedy):
         keep(rows, pick(rows).argmax(-1))
-    few = max(1, 2 ** 17 // V)                                               # rows at once that a CPU's cache holds
+    few = max(1, 2 ** (25 if logits.is_cuda else 17) // V)                   # rows at once that a CPU's cache holds
     top_k, top_p = (lambda s: 0 < s.top_k < V), (lambda s: s.top_p < 1)
     for draw, want, most in (
             (lambda *x: choose(*x, min(FEW, V)), lambda s: top_k(s) or top_p(s) or s.min_p > 0, len(requests)),
@@ -1070,8 +1088,8 @@ class LLM:
     max_num_batched_tokens   tokens that one pass computes; a longer prompt is computed in chunks
     prefix_caching      prompts take over what earlier ones with the same beginning have computed
     device, dtype       as in `train.load`
-    compile             decode steps as compiled graphs; None: on GPUs. On a CPU max_num_seqs in step, and not with int8
-                        or prefix_caching: for benchmarks
+    compile             decode steps of fixed shape: on GPUs CUDA graphs, the default there; on a CPU compiled, for
+                        max_num_seqs in step and not with int8 or prefix_caching: for benchmarks
 
     Below `generate` stand `requests` (checks), `add`, `step` and `abort`: what a server runs on.
     """
@@ -1104,11 +1122,12 @@ class LLM:
         self.blocks = Blocks(num_blocks, block_size, prefix_caching)
         gpu = weight.device.type == "cuda"
         if compile is None:
-            compile = gpu and quantize is None and train.compiler_there()
+            compile = gpu
         self.cache = (Pages(self.model, self.blocks, int8) if gpu else
                       Rows(self.model, self.blocks, max_num_seqs) if compile and not int8 and not prefix_caching else
                       Slabs(self.model, self.blocks, int8))
-        self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → compiled decode step
+        self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → decode step
+        self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
 
     def requests(self, prompt, sampling, index=0):
@@ -1209,22 +1228,25 @@ class LLM:
                 self.graphs[shape] = self.graph(tokens, positions, places)
             return self.graphs[shape](tokens, positions, *places)[order].float()
         except Exception as error:                                           # a broken compiler, a shape without kernel
-            print(f"torch.compile does not work here ({type(error).__name__}); going on without it", file=sys.stderr)
+            print(f"decode steps of fixed shape do not work here ({type(error).__name__}: {error}); going on without",
+                  file=sys.stderr)
             self.graphs = None
             return self.forward(segments)
 
     def graph(self, tokens, positions, places):
-        """Compile a decode step; run at once, as the settings count while it is traced."""
+        """Make a decode step of this shape: on a GPU a CUDA graph; on a CPU compiled, and run at once, as the settings
+        count while it is traced.
+        """
+        step = Step(self.model, self.cache.graph)
+        if tokens.is_cuda:
+            step(tokens, positions, *places)                                 # kernels are compiled, libraries set up
+            fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)      # no rotary table is
+            return train.Graph(fresh, tokens, positions, *places, pool=self.pool)                    # kept for it
         import torch._inductor.config as inductor
-        gpu, several = tokens.is_cuda, tokens.numel() > 1
-        if gpu:
-            for part in self.cache.data:                                     # stays put: a CUDA graph may write there
-                torch._dynamo.mark_static_address(part)
-        settings = {} if gpu or not several else dict(freezing=True, max_autotune=True,  # weights laid out for the rows
-                                                      max_autotune_gemm_backends="CPP")
-        step = torch.compile(Step(self.model, self.cache.graph), dynamic=False, fullgraph=True,
-                             **dict(mode="reduce-overhead") if gpu else {})
-        with inductor.patch(**settings):
+        step = torch.compile(step, dynamic=False, fullgraph=True)
+        several = tokens.numel() > 1
+        with inductor.patch(**dict(freezing=True, max_autotune=True,         # weights laid out for so many rows
+                                   max_autotune_gemm_backends="CPP") if several else {}):
             step(tokens, positions, *places)
         return step
 

@@ -756,7 +756,9 @@ class Model(nn.Module):
 
     def hidden(self, tokens, positions=None, states=None):
         """tokens [B, T] → what the head reads, [B, T, C]. positions [T] or [B, T]; 0 … T − 1 if None."""
-        x = self.embed(tokens)
+        x, kind = self.embed(tokens), tokens.device.type
+        if torch.is_autocast_enabled(kind):                                  # then all of the residual stream: half the
+            x = x.to(torch.get_autocast_dtype(kind))                         # memory to move
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
             x = (checkpoint(block, x, positions, use_reentrant=False) if self.recompute and torch.is_grad_enabled()
@@ -967,17 +969,18 @@ WEIGHT_DECAY = 0.1
 NEWTON_SCHULZ = ((7.5954, -22.0924, 16.3015), (3.2996, -2.7534, 0.6109), (2.9207, -2.7817, 0.8404))
 
 
-def orthogonalize(x):
-    """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each.
+def orthogonalize(x, dtype=None):
+    """x [n, rows ≤ cols] stacked matrices → nearly U Vᵀ of each. dtype: of the products; a few digits are enough.
 
     Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a
     singular value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
     """
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)        # singular values within 0 … 1
-    for a, b, c in NEWTON_SCHULZ:
+    kind = x.dtype
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)).to(dtype or kind)            # singular values
+    for a, b, c in NEWTON_SCHULZ:                                            # within 0 … 1
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.to(kind)
 
 
 class Optimizer:
@@ -996,8 +999,9 @@ class Optimizer:
             tall = j - i > weight.shape[1]                                   # worked on lying, rows ≤ cols
             shape = (weight.shape[1], j - i) if tall else (j - i, weight.shape[1])
             self.stacks.setdefault(shape, []).append((weight, i, j, tall))
-        device = next(model.parameters()).device
-        p = self.processes
+        self.device = device = next(model.parameters()).device
+        quick = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype, p = torch.bfloat16 if quick else torch.float32, self.processes
         mine = lambda parts: parts[p.rank::p.size] if self.cut else parts
         self.momentum = {shape: torch.zeros(len(mine(parts)), *shape, device=device)
                          for shape, parts in self.stacks.items()}
@@ -1011,11 +1015,12 @@ class Optimizer:
         groups = [dict(params=weights, lr=0.0, rate=ADAM_LR[kind] * lr / LR * scale[kind])
                   for kind, weights in groups.items() if weights]
         self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
-                                      fused=device.type in ("cpu", "cuda"))
+                                      fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
 
     @torch.no_grad()
     def step(self, scale, momentum=0.95):
-        """One update; `scale` is the schedule's share of the full learning rate."""
+        """One update; `scale` is the schedule's share of the full learning rate. Numbers, or tensors on the device."""
+        scale, momentum = (torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (scale, momentum))
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * scale
         self.adam.step()
@@ -1037,17 +1042,17 @@ class Optimizer:
                     rate = self.lr * scale * (max(1, shape[1] / shape[0]) ** 0.5 if tall else 1)
                     view, u = self.piece(w, i, j, u.mT if tall else u)
                     decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)   # cautious: where both pull the same way
-                    view.sub_(view * decay).sub_(u, alpha=rate)
+                    view.sub_(view * decay).addcmul_(u, rate, value=-1)
 
     def orthogonalized(self, x, count):
         """`orthogonalize`, divided among the processes by matrix. x: all `count`, or this process's own alone."""
         if self.processes.size == 1:
-            return orthogonalize(x)
+            return orthogonalize(x, self.dtype)
         mine = slice(self.processes.rank, None, self.processes.size)
         update = x.new_zeros(count, *x.shape[1:])
         x = x if self.cut else x[mine]
         if len(x):
-            update[mine] = orthogonalize(x)
+            update[mine] = orthogonalize(x, self.dtype)
         self.processes.sum([update])
         return update
 
@@ -1082,6 +1087,8 @@ class Optimizer:
                                          if v.shape == weights[i].shape else v for k, v in one.items()}
                                      for i, one in adam["state"].items()})
         self.adam.load_state_dict(adam)
+        for group in self.adam.param_groups:
+            group["capturable"] = self.device.type == "cuda"                 # wherever the run was before
         for mine, saved in zip(self.momentum.values(), state["momentum"], strict=True):
             mine.copy_(saved[self.processes.rank::self.processes.size] if self.cut else saved)
 
@@ -1132,8 +1139,8 @@ def token_lengths(tokenizer):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, context, lengths, limit=None):
-    """Mean loss over windows of `context` without overlap → (nats per token, bits per byte).
+def evaluate(model, tokens, context, lengths, limit=None, dtype="float32"):
+    """Mean loss over windows of `context` without overlap → (nats per token, bits per byte). dtype: of the products.
 
     All of `tokens`, or, with `limit`, about that many in evenly spaced windows: the same ones each time.
     """
@@ -1144,7 +1151,7 @@ def evaluate(model, tokens, context, lengths, limit=None):
     model.eval()
     device = model.embed.weight.device
     nats, count, text = 0.0, 0, 0
-    chosen, rows = [int(i) for i in chosen], max(1, 4096 // context)
+    chosen, rows = [int(i) for i in chosen], max(1, (4096 if device.type == "cpu" else 2 ** 16) // context)
     for group in [chosen[i:i + rows] for i in range(0, len(chosen), rows)]:
         whole = [i for i in group if (i + 1) * context < len(tokens)]
         for part in (whole, *([i] for i in group if i not in whole)):        # the last window may be shorter
@@ -1152,7 +1159,8 @@ def evaluate(model, tokens, context, lengths, limit=None):
                 continue
             width = min(context, len(tokens) - 1 - part[0] * context)
             x, y = batch_at(tokens, [i * context for i in part], width, device)
-            loss = linear_cross_entropy(model.hidden(x).flatten(0, 1), model.head.weight, y.flatten())
+            with autocast(str(device), dtype):
+                loss = linear_cross_entropy(model.hidden(x).flatten(0, 1), model.head.weight, y.flatten())
             nats, count = nats + loss.item() * y.numel(), count + y.numel()
             text += int(lengths[y.cpu().numpy()].sum())
     model.train(training)
@@ -1226,6 +1234,26 @@ def plot(log, path, title):
     plt.close(figure)
 
 
+class Graph:
+    """Work on a GPU, recorded once as a CUDA graph: its hundreds of kernels then start at one call, in the same memory
+    each time. What can't be recorded, as compiling and setting up libraries, must have been done before.
+
+    work(*inputs) takes tensors on the device and returns one or none; `pool`: where several graphs keep their numbers,
+    if one runs at a time.
+    """
+
+    def __init__(self, work, *inputs, pool=None):
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = work(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, x in zip(self.inputs, inputs):
+            mine.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
 class Run:
     """A training run: the model, its optimizer, its place in the data and in time; saved and resumed as one."""
 
@@ -1240,6 +1268,7 @@ class Run:
         self.spent_before = 0.0                                              # seconds of the processes before this one
         self.done, self.finished = 0.0, False                                # the share of the run that is over
         self.log, self.recent = [], [0.0, 0.0, 0]                            # evaluations; loss, distilled, steps since
+        self.graphs = {} if model.embed.weight.is_cuda and not self.optimizer.cut else None          # see `recorded`
 
     def spent(self):
         return self.spent_before + time.monotonic() - START
@@ -1314,7 +1343,7 @@ class Run:
                 losses = self.passes(hidden, mine, count)
                 break
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self.model.zero_grad(set_to_none=True)
+                self.forget_gradients()
                 if self.rows == 1 and self.model.recompute:
                     raise UserError(f"the memory does not hold a single window of {s['context']} tokens; "
                                     f"give a smaller --context, --dim or --layers ({error})") from None
@@ -1336,19 +1365,60 @@ class Run:
         s, losses = self.settings, torch.zeros(2, device=self.settings["device"])
         for i in range(0, len(starts), self.rows):
             x, y = batch_at(self.corpus.train, starts[i:i + self.rows], s["context"], s["device"])
-            with autocast(s["device"], s["dtype"]):
-                h = hidden(x).flatten(0, 1)
-                loss = linear_cross_entropy(h, self.model.head.weight, y.flatten())
-                parts = [loss.detach(), torch.zeros_like(loss)]
-                if self.teacher:
-                    with torch.no_grad():
-                        told = self.teacher.hidden(x).flatten(0, 1)
-                    parts[1] = distillation(h, self.model.head.weight, told, self.teacher.head.weight)
-                    loss = (1 - DISTILLED) * loss + DISTILLED * parts[1]
             share = len(x) / count
-            (loss * (share * self.loss_scale)).backward()
-            losses += torch.stack(parts).detach() * share
+            losses += self.recorded(("pass", getattr(hidden, "used", hidden), self.model.recompute, len(x)),
+                                    lambda *inputs: self.one_pass(hidden, *inputs), x, y,
+                                    torch.tensor([share, share * self.loss_scale], device=x.device))
         return losses
+
+    def one_pass(self, hidden, x, y, weight):
+        """Forward and backward of some windows, added to .grad: the loss times weight[1] → times weight[0], [2]."""
+        with autocast(self.settings["device"], self.settings["dtype"]):
+            h = hidden(x).flatten(0, 1)
+            loss = linear_cross_entropy(h, self.model.head.weight, y.flatten())
+            parts = [loss.detach(), torch.zeros_like(loss)]
+            if self.teacher:
+                with torch.no_grad():
+                    told = self.teacher.hidden(x).flatten(0, 1)
+                parts[1] = distillation(h, self.model.head.weight, told, self.teacher.head.weight)
+                loss = (1 - DISTILLED) * loss + DISTILLED * parts[1]
+        (loss * weight[1]).backward()
+        return torch.stack(parts).detach() * weight[0]
+
+    def update(self, scale, momentum):
+        """The optimizer's step."""
+        if self.processes.size > 1:
+            return self.optimizer.step(scale, momentum)
+        numbers = torch.tensor([scale, momentum], device=self.model.embed.weight.device)
+        self.recorded("update", lambda numbers: self.optimizer.step(*numbers), numbers)
+
+    def recorded(self, key, work, *inputs):
+        """work(*inputs), on a GPU from the fourth time on as a CUDA graph: a small model's kernels are done before
+        Python has started them. Gradients then stay where they are, and are set to zero.
+        """
+        if self.graphs is None:
+            return work(*inputs)
+        seen = self.graphs.get(key, 0)
+        if seen == 3:
+            try:
+                seen = Graph(work, *inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:                                       # a driver, a kernel that can't
+                tqdm.write(f"CUDA graphs do not work here ({type(error).__name__}: {error}); going on without",
+                           file=sys.stderr)
+                self.graphs = None
+                return work(*inputs)
+        self.graphs[key] = seen if isinstance(seen, Graph) else seen + 1
+        return (seen if isinstance(seen, Graph) else work)(*inputs)
+
+    def clear_gradients(self):
+        self.model.zero_grad(set_to_none=self.graphs is None)
+
+    def forget_gradients(self):
+        """And with them what was recorded with them."""
+        self.model.zero_grad(set_to_none=True)
+        self.graphs = self.graphs if self.graphs is None else {}
 
 
 DISTILLED, TEACHER_TEMPERATURE = 0.5, 2.0                                    # the teacher's share of the loss
@@ -1463,7 +1533,7 @@ def train_loop(run, stop):
             if ready and run.done >= ready[0] or total and not reserve:
                 ready = [t for t in ready if t > run.done]
                 t = time.monotonic()
-                val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, sampled)
+                val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, sampled, s["dtype"])
                 if total:                                                    # for a whole evaluation, samples, files
                     reserve = min(0.2 * total, END_SECONDS + (time.monotonic() - t) / sampled
                                   * min(len(corpus.val), whole_tokens(total)))
@@ -1473,8 +1543,7 @@ def train_loop(run, stop):
                 forward.consider()
             loss, distilled, norm = run.gradients(forward)
             if math.isfinite(loss) and math.isfinite(norm):
-                run.optimizer.step(schedule(run.done) * min(1, (run.step + 1) / WARMUP),
-                                   0.85 + 0.1 * min(1, run.step / 300))
+                run.update(schedule(run.done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
                 bad, run.recent = 0, [a + b for a, b in zip(run.recent, (loss, distilled, 1))]
                 if s["dtype"] == "float16" and run.step % 1000 == 999:
                     run.loss_scale *= 2                                      # gradients in float16 stay clear of 0
@@ -1486,7 +1555,7 @@ def train_loop(run, stop):
                 if bad == 5:
                     raise UserError("five steps in a row without a finite loss; the last checkpoint is the last good "
                                     "one: resume from it with a lower --lr")
-            model.zero_grad(set_to_none=True)
+            run.clear_gradients()
             run.step += 1
             forward.times.append(time.monotonic() - t)
             now = s["batch"] * s["context"] / forward.times[-1]
@@ -1524,7 +1593,7 @@ def finish(run):
     s, corpus, model = run.settings, run.corpus, run.model
     lengths = token_lengths(corpus.tokenizer)
     limit = whole_tokens(s["minutes"] and 60 * s["minutes"])
-    val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, limit)
+    val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, limit, s["dtype"])
     run.finished, run.done = True, 1.0
     run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"] if run.log else None)
     run.save()
