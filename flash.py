@@ -282,8 +282,8 @@ def flash_decode_numpy(q, k_pages, v_pages, block_table, lengths, k_scale=None, 
 
 # --- 3. The kernels: the same lines, a tile in one program's registers ------------------------------------------------
 #
-# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie; where it is None, X is
-# a descriptor, and the chip's copy engine brings tiles (from Hopper on: no registers for addresses, zeros past the
+# X_at is the tuple of X's strides (batch, head, token, number), so tensors are taken as they lie; where it is None, X
+# is a descriptor, and the chip's copy engine brings tiles (from Hopper on: no registers for addresses, zeros past the
 # ends). A pack of sequences is one row of the batch in which each begins at its offset in Cu; a dense batch has no Cu.
 # Offsets are int64. The loop over tiles runs in three parts, of which only the first and the last, at the edges of what
 # is seen, need a mask.
@@ -492,8 +492,8 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     edges = _query_tiles(j0, T_b, S_b, window, CAUSAL, BLOCK_M, BLOCK_N)
     for part in tl.static_range(3):
-        for r in range(GROUP):                                               # the heads that share the keys, and of each
-            h = g * GROUP + r                                                # the tiles that see them
+        for r in range(GROUP):                                               # the heads that share the keys, and
+            h = g * GROUP + r                                                # the tiles of each that see them
             of_row, slope = (row * G * GROUP + h) * T + q_start, None
             if Slopes is not None:
                 slope = tl.load(Slopes + h)
@@ -594,9 +594,9 @@ def _flash_merge(Parts, Lse, Sinks, O, O_at, B, T, H, splits, D: tl.constexpr, B
 # On a GPU the kernels; on a CPU torch's scaled_dot_product_attention where it has the options, else rows of queries at
 # a time. Both of our paths are one op to torch.compile, which need not look inside.
 
-# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv. "copied":
-# tiles come through descriptors. On Hopper timed (H200), elsewhere chosen by compiling: the largest that keep their
-# numbers in registers, in half precision at D ≤ 128. (Of those timed, two spill a few and are faster for it.)
+# By chip and largest head size: BLOCK_M, BLOCK_N, warps and stages of the forward kernel, of dq, and of dk, dv.
+# "copied": tiles come through descriptors. On Hopper timed (H200), elsewhere chosen by compiling: the largest that keep
+# their numbers in registers, in half precision at D ≤ 128. (Of those timed, two spill a few and are faster for it.)
 TILES = {
     "cuda 80": {64: ((128, 64, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)),
                 128: ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
@@ -651,7 +651,7 @@ def _tiles(cu, causal, *tensors):
 
 
 def _sources(copied, *tensors):
-    """(x, rows a tile) → what a kernel reads each from: descriptors and no strides, or the tensors and their strides."""
+    """(x, rows a tile) → what a kernel reads each from: descriptors and no strides, or tensors and their strides."""
     if not copied:
         return [x for x, _ in tensors], [x.stride() for x, _ in tensors]
     D = max(16, triton.next_power_of_2(tensors[0][0].shape[-1]))
@@ -1142,8 +1142,8 @@ def show_speed(longest):
             T *= 2
 
     S, H, G, D, page = 32768, 32, 8, 128, 16
-    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}, as a CUDA graph\n\n{'B':>5}{'pages':>12}"
-          f"{'GB/s':>10}{'of a copy':>12}")
+    print(f"\nDecoding: {S:,} keys in pages of {page}, {H} heads, {G} of keys, D {D}, as a CUDA graph\n\n"
+          f"{'B':>5}{'pages':>12}{'GB/s':>10}{'of a copy':>12}")
     for B in (1, 8, 64):
         table = torch.randperm(B * S // page, device="cuda").int().view(B, -1)
         lengths = torch.full((B,), S, dtype=torch.int32, device="cuda")

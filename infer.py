@@ -1240,8 +1240,8 @@ class LLM:
         step = Step(self.model, self.cache.graph)
         if tokens.is_cuda:
             step(tokens, positions, *places)                                 # kernels are compiled, libraries set up
-            fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)      # no rotary table is
-            return train.Graph(fresh, tokens, positions, *places, pool=self.pool)                    # kept for it
+            fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)
+            return train.Graph(fresh, tokens, positions, *places, pool=self.pool)                    # no rotary table
         import torch._inductor.config as inductor
         step = torch.compile(step, dynamic=False, fullgraph=True)
         several = tokens.numel() > 1

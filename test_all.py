@@ -109,7 +109,7 @@ def on_gpu(op):
     def there(x):
         if not torch.is_tensor(x) or x.device.type != "cpu":
             return x
-        if 0 in x.stride():                                                  # an expanded tensor: one number, many times
+        if 0 in x.stride():                                                  # an expanded tensor: one number for many
             return x.cuda()
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)       # as it lies
 
@@ -233,7 +233,7 @@ def test_attention_takes_tensors_as_they_lie(path):
 
 
 def test_attention_keeps_the_bits_and_large_scores(path):
-    """Head size 72 in float16, several times; scores of ±1e4 neither overflow nor lose the winner: p errs as they do."""
+    """Head size 72 in float16, several times; scores of ±1e4 neither overflow nor lose the winner."""
     q, k, v = (randn(1, 2, 40, 72, seed=i).half() for i in range(3))
     once = A.attention(q, k, v, window=9)
     for _ in range(3):
@@ -670,6 +670,36 @@ def tiny(seed=0, **changes):
     return model.eval()
 
 
+def test_a_run_keeps_what_is_faster_and_the_next_one_knows(monkeypatch, tmp_path):
+    """Blocks compiled or not: tried in turn where there is time, noted, and not tried again."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function(*args))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny()
+    plain = model.hidden(torch.zeros(1, 3, dtype=torch.int64))
+    for seconds in (0.5, 2.0):
+        forward = train.Forward(model, None, f"{seconds}")
+        for _ in range(30):
+            forward.consider(1000)
+            forward.times.append(seconds if model.compiled else 1.0)
+        assert bool(model.compiled) == (seconds < 1)
+        assert torch.equal(forward(torch.zeros(1, 3, dtype=torch.int64)), plain)
+        for left, used in ((1000, seconds < 1), (1, False)):
+            again = train.Forward(model, None, f"{seconds}")
+            again.consider(left)
+            assert bool(model.compiled) == used
+    forward = train.Forward(model, None, "never seen")                       # and no time to find out
+    for _ in range(30):
+        forward.consider(20)
+        forward.times.append(1.0)
+        assert not model.compiled
+
+    def broken(*_):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    forward = train.Forward(model, True, "")
+    assert torch.equal(forward(torch.zeros(1, 3, dtype=torch.int64)), plain) and not model.compiled
+
+
 def test_block_is_x_plus_delta():
     block, x = tiny().blocks[0], randn(2, 9, 32, dtype=torch.float32)
     close(block(x, torch.arange(9)).detach(), (x + block.delta(x, torch.arange(9))).detach(), 1e-6)
@@ -1051,7 +1081,7 @@ def launch(target):
 
 
 def test_flash_kernels_compile_ahead_fit_and_use_the_matrix_units(tmp_path):
-    """No register in memory at D = 64 and 128, each chip's own matrix instructions, shared memory that a program may have."""
+    """No register in memory at D = 64 and 128, each chip's own matrix instructions, shared memory as there is."""
     helpers = {"key_tiles", "query_tiles", "_program", "_sequence", "_head", "_load", "_store", "_dot", "_scores",
                "_softmax_step", "_finish"}
     room = {"80": 163, "90": 227, "100": 227, "gfx942": 64, "gfx950": 160}

@@ -32,6 +32,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import sysconfig
 import tempfile
@@ -193,7 +194,7 @@ def pick_device(device=None):
 # pay more than width. Rows of up to 6e13 were tried on a CPU (README), those below extrapolate.
 SHAPES = [   # FLOPs up to, layers, dim, context, batch, vocab (of bpe)
     (1e11, 2, 64, 64, 8, 512),
-    (3e12, 3, 128, 128, 8, 1024),
+    (1.3e13, 3, 128, 128, 8, 2048),
     (6e13, 4, 128, 256, 4, 2048),
     (4e14, 6, 192, 256, 8, 4096),
     (4e15, 8, 384, 512, 16, 8192),
@@ -450,6 +451,11 @@ def cache_folder():
     """Where tokenized corpora are kept from run to run: $TWIN_CACHE, else the user's cache folder."""
     return Path(os.environ.get("TWIN_CACHE")
                 or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
+
+
+def compiled_folder():
+    """Where torch.compile keeps its code from run to run, unless the user has said where."""
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled")))
 
 
 def validation_files(root, files):
@@ -736,6 +742,10 @@ def attend(q, k, v, **options):
     return (flash_attention if q.is_cuda else attention)(q, k, v, **options)
 
 
+def run_block(block, x, positions, state=None):
+    return block(x, positions, state)
+
+
 class Model(nn.Module):
     """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block (`new_states`)."""
 
@@ -751,6 +761,7 @@ class Model(nn.Module):
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
         self.recompute = False                                               # of a block, keep its input alone
+        self.compiled = None                                                 # `run_block`, compiled, for training
         if c.tied:
             self.head.weight = self.embed.weight
 
@@ -760,9 +771,11 @@ class Model(nn.Module):
         if torch.is_autocast_enabled(kind):                                  # then all of the residual stream: half the
             x = x.to(torch.get_autocast_dtype(kind))                         # memory to move
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        learns = torch.is_grad_enabled() and states is None
+        call = self.compiled if self.compiled and learns else run_block
         for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            x = (checkpoint(block, x, positions, use_reentrant=False) if self.recompute and torch.is_grad_enabled()
-                 else block(x, positions, state))
+            x = (checkpoint(call, block, x, positions, use_reentrant=False) if self.recompute and learns
+                 else call(block, x, positions, state))
         return self.norm(x)
 
     def forward(self, tokens, positions=None, states=None):
@@ -984,14 +997,15 @@ def orthogonalize(x, dtype=None):
 
 
 class Optimizer:
-    """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's.
+    """Muon for the hidden matrices, equal shapes stacked and worked on together; AdamW for the rest. `lr`: Muon's;
+    `dtype`: of its products (None: as the weights).
 
     Of several processes each orthogonalizes every size-th matrix of a stack, and all get the sum. Where weights are cut
     over the processes (`shard`), that one alone also keeps the matrix's momentum.
     """
 
-    def __init__(self, model, lr=LR, processes=None):
-        self.lr, self.stacks, self.processes = lr, {}, processes or Processes()
+    def __init__(self, model, lr=LR, processes=None, dtype=None):
+        self.lr, self.stacks, self.processes, self.dtype = lr, {}, processes or Processes(), dtype
         self.cut = is_cut(model.embed.weight)
         hidden = set()
         for weight, i, j in model.matrices():
@@ -1000,8 +1014,7 @@ class Optimizer:
             shape = (weight.shape[1], j - i) if tall else (j - i, weight.shape[1])
             self.stacks.setdefault(shape, []).append((weight, i, j, tall))
         self.device = device = next(model.parameters()).device
-        quick = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype, p = torch.bfloat16 if quick else torch.float32, self.processes
+        p = self.processes
         mine = lambda parts: parts[p.rank::p.size] if self.cut else parts
         self.momentum = {shape: torch.zeros(len(mine(parts)), *shape, device=device)
                          for shape, parts in self.stacks.items()}
@@ -1261,7 +1274,9 @@ class Run:
         self.settings, self.corpus, self.model, self.machine = settings, corpus, model, machine
         self.teacher, self.processes = teacher, processes or Processes()
         self.out = Path(settings["out"])
-        self.optimizer = Optimizer(model, settings["lr"], self.processes)
+        quick = (torch.cuda.is_bf16_supported(including_emulation=False) if model.embed.weight.is_cuda else
+                 machine and machine.flops[torch.bfloat16] > 1.5 * machine.flops[torch.float32])
+        self.optimizer = Optimizer(model, settings["lr"], self.processes, torch.bfloat16 if quick else None)
         self.step = self.tokens = self.windows = 0
         self.rows = max(1, MICRO_TOKENS // settings["context"])              # windows in a pass, until memory ends
         self.loss_scale = 2.0 ** 15 if settings["dtype"] == "float16" else 1.0
@@ -1366,7 +1381,7 @@ class Run:
         for i in range(0, len(starts), self.rows):
             x, y = batch_at(self.corpus.train, starts[i:i + self.rows], s["context"], s["device"])
             share = len(x) / count
-            losses += self.recorded(("pass", getattr(hidden, "used", hidden), self.model.recompute, len(x)),
+            losses += self.recorded(("pass", self.model.compiled, self.model.recompute, len(x)),
                                     lambda *inputs: self.one_pass(hidden, *inputs), x, y,
                                     torch.tensor([share, share * self.loss_scale], device=x.device))
         return losses
@@ -1476,30 +1491,59 @@ class Stop:
 
 
 class Forward:
-    """`model.hidden`, compiled if asked for (True) or, left open (None), if ten steps each way show that it pays."""
+    """`model.hidden` for training. Its blocks run compiled, as one function for all of them, if asked for (True) or,
+    left open (None), where that pays. What it gained is noted beside the compiler's cache: the next run of such a shape
+    need not try, and finds the code made.
+    """
 
-    def __init__(self, model, compile):
-        self.plain, self.open, self.times = model.hidden, compile is None, []
-        self.used = torch.compile(model.hidden) if compile else model.hidden
+    def __init__(self, model, compile, shape):
+        self.model, self.open, self.times = model, compile is None, []
+        self.shape, self.known, self.made = f"{shape}, torch {torch.__version__}", {}, None
+        self.notes = compiled_folder() / "seconds.json"
+        if self.open:
+            with contextlib.suppress(OSError, ValueError):                   # there is none yet, or a broken one
+                self.known = json.loads(self.notes.read_text(encoding="utf-8"))
+        self.use(compile)
 
-    def consider(self):
-        """Called before a step: after ten plain ones compile, after ten more keep what was faster."""
-        if self.open and len(self.times) == 10:
+    def use(self, compiled):
+        if compiled and not self.made:
+            self.made = torch.compile(run_block, dynamic=False)
+        self.model.compiled = self.made if compiled else None
+
+    def consider(self, left):
+        """Called before a step of a run with `left` seconds to go. Where nothing is known, twenty steps go both ways in
+        turn, since a machine's speed drifts.
+        """
+        n = len(self.times)
+        if self.open and not n and self.shape in self.known:
+            plain, compiled = self.known[self.shape]
+            self.use(left * (1 - compiled / plain) > WARM_COMPILE)
+            self.open = False
+        elif self.open and n == 3 and left > COMPILE_PAYS:
             tqdm.write("compiling, half a minute or so …", file=sys.stderr)
-            self.used = torch.compile(self.plain)
-        elif self.open and len(self.times) == 21:                            # the eleventh held the compiler's own time
-            self.used = self.used if min(self.times[11:]) < min(self.times[:10]) else self.plain
+            self.use(True)
+        elif self.open and self.made and n < 24:
+            self.use(n % 2)
+        elif self.open and self.made:
+            plain, compiled = (statistics.median(self.times[first::2]) for first in (4, 5))
+            self.use(compiled < plain)
+            self.open = False
+            with contextlib.suppress(OSError):
+                self.notes.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.notes) as path:
+                    path.write_text(json.dumps(self.known | {self.shape: [plain, compiled]}), encoding="utf-8")
 
     def __call__(self, tokens):
         try:
-            return self.used(tokens)
+            return self.model.hidden(tokens)
         except Exception as error:                                           # a broken compiler has many ways to say so
-            if self.used is self.plain or not self.open:
+            if not self.model.compiled or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 raise
             tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it",
                        file=sys.stderr)
-            self.used, self.open = self.plain, False
-            return self.plain(tokens)
+            self.open = False
+            self.use(False)
+            return self.model.hidden(tokens)
 
 
 EVALUATE_AT = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)    # shares of a run
@@ -1512,7 +1556,10 @@ def train_loop(run, stop):
     lengths, per_token = token_lengths(corpus.tokenizer), flops_per_token(model, s["context"])
     peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
     total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
-    forward = Forward(model, s["compile"])
+    c = model.config
+    forward = Forward(model, s["compile"], f"{c.heads} heads over {c.kv_heads} of {c.head_dim}, MLP {c.hidden}, "
+                      f"width {c.dim}, {min(s['batch'], run.rows)} × {s['context']} tokens of {s['dtype']}, "
+                      f"{torch.get_num_threads()} threads")
     begun, began = run.done, run.spent()
     sampled = int(SAMPLED_TOKENS * min(1, max(total, 30) / 300)) if total else SAMPLED_TOKENS
     saved, bad, speed = time.monotonic(), 0, None
@@ -1539,8 +1586,8 @@ def train_loop(run, stop):
                                   * min(len(corpus.val), whole_tokens(total)))
                 run.record(val_loss, val_bpb, speed)
             t = time.monotonic()
-            if total and total - run.spent() > COMPILE_PAYS:
-                forward.consider()
+            if total:
+                forward.consider(total - run.spent())
             loss, distilled, norm = run.gradients(forward)
             if math.isfinite(loss) and math.isfinite(norm):
                 run.update(schedule(run.done) * min(1, (run.step + 1) / WARMUP), 0.85 + 0.1 * min(1, run.step / 300))
@@ -1574,7 +1621,9 @@ def train_loop(run, stop):
                 saved = time.monotonic()
 
 
-WARMUP, END_SECONDS, COMPILE_PAYS = 5, 3.0, 600.0                            # steps; seconds; seconds that repay it
+WARMUP, END_SECONDS = 5, 3.0                                                 # steps; seconds
+WARM_COMPILE, COMPILE_PAYS = 5.0, 200.0                                      # seconds: to compile from the cache; left
+                                                                             # in a run that repay compiling without
 
 
 def whole_tokens(total):
@@ -1690,22 +1739,25 @@ def check(args):
                             f"the folder {getattr(args, flag)} has that settled")
 
 
-def plan(args, machine, processes):
-    """The flags, and for those not given a choice by machine and budget → settings, complete."""
+def plan(args, machine, processes, width=None):
+    """The flags, and for those not given a choice by machine and budget → settings, complete. width: of a model that is
+    there already.
+    """
     s = {k: v for k, v in vars(args).items() if k != "resume"}
     if not args.steps:
         s["minutes"] = args.minutes or 5.0
     s["device"] = pick_device(args.device)
     flops = machine.flops[torch.float32] * 60 * s["minutes"] * 0.5 * processes.size if machine else 3e9 * args.steps
     shape = shape_for(flops)
-    if args.dtype is None:
-        faster = machine and max((t for t in machine.flops if t != torch.float32), key=machine.flops.get)
+    for name, value in shape.items():
+        s[name] = value if s[name] is None else s[name]
+    if args.dtype is None:                                                   # on a CPU worth the casts where wide
+        wide = s["device"] != "cpu" or (width or s["dim"]) >= 192
+        faster = wide and machine and max((t for t in machine.flops if t != torch.float32), key=machine.flops.get)
         s["dtype"] = "float32"
         if faster and machine.flops[faster] > 1.5 * machine.flops[torch.float32]:
             near = machine.flops[torch.bfloat16] > 0.7 * machine.flops[faster]   # float16 only where bfloat16 is none
             s["dtype"] = "bfloat16" if near else "float16"
-    for name, value in shape.items():
-        s[name] = value if s[name] is None else s[name]
     if args.batch is None:
         s["batch"] = -(-s["batch"] // processes.size) * processes.size
     if s["batch"] % processes.size:
@@ -1724,7 +1776,7 @@ def plan(args, machine, processes):
                         "each kv head must serve the same number of heads")
     s["tokenizer"], s["seed"] = args.tokenizer or "bpe", args.seed or 0
     s["lr"] = args.lr or (LR if not args.init else LR / 10)
-    if args.compile is None and (args.steps or args.shard or not compiler_there()):
+    if args.compile is None and (args.steps or args.shard or s["device"] != "cpu" or not compiler_there()):
         s["compile"] = False                                                 # else None: the loop measures if it pays
     return s
 
@@ -1793,7 +1845,7 @@ def prepare(args, processes):
     (machine,) = processes.agree(measure(device) if timed and not processes.rank else None)
     start = load(args.init, device, torch.float32) if args.init and not state else None
     if not state:
-        settings = plan(args, machine, processes)
+        settings = plan(args, machine, processes, start and start[0].config.dim)
     teacher = load(settings["teacher"], device, torch.float32) if settings["teacher"] else None
     given = [model for model, _ in filter(None, (start, teacher))]
     if given and args.context is None and not state:
@@ -1890,6 +1942,7 @@ def main(argv=None):
         args = arguments().parse_args(argv)
         check(args)
         writable(args.out)
+        compiled_folder()                                                    # set before torch does
         processes = Processes()
         with contextlib.ExitStack() as stack:
             if processes.rank:                                               # one voice for all
