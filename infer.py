@@ -1240,8 +1240,9 @@ class LLM:
         step = Step(self.model, self.cache.graph)
         if tokens.is_cuda:
             step(tokens, positions, *places)                                 # kernels are compiled, libraries set up
+            # The rotary table that was made is kept for this very tensor: a graph must make its own each time.
             fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)
-            return train.Graph(fresh, tokens, positions, *places, pool=self.pool)                    # no rotary table
+            return train.Graph(fresh, tokens, positions, *places, pool=self.pool)
         import torch._inductor.config as inductor
         step = torch.compile(step, dynamic=False, fullgraph=True)
         several = tokens.numel() > 1

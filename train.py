@@ -1232,6 +1232,7 @@ def plot(log, path, title):
               label="validation")
     axis.set(xlabel=f"{name} since the start", ylabel="loss, nats per token", title=title)
     axis.grid(alpha=0.25)
+    axis.margins(y=0.12)                                                     # room for the last figure below its point
     axis.spines[["top", "right"]].set_visible(False)
     if steps:
         axis.annotate(f"{steps[-1]['val_bpb']:.3f} bits per byte", (time_[-1], steps[-1]["val_loss"]), xytext=(-4, -18),
