@@ -743,6 +743,7 @@ def attend(q, k, v, **options):
 
 
 def run_block(block, x, positions, state=None):
+    """One function for all blocks, so that it need be compiled only once."""
     return block(x, positions, state)
 
 
