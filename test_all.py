@@ -687,6 +687,10 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_knows(monkeypatch, tmp_path
             again = train.Forward(model, None, f"{seconds}")
             again.consider(left)
             assert bool(model.compiled) == used
+    for text in ("", "[]", "7", '{"0.5": 3}', '{"0.5": ["a", 1]}', '{"0.5": [0, 0]}'):
+        (tmp_path / "seconds.json").write_text(text)
+        train.Forward(model, None, "0.5").consider(1000)
+        assert not model.compiled
     forward = train.Forward(model, None, "never seen")                       # and no time to find out
     for _ in range(30):
         forward.consider(20)

@@ -1403,7 +1403,7 @@ class Run:
         return torch.stack(parts).detach() * weight[0]
 
     def update(self, scale, momentum):
-        """The optimizer's step."""
+        """The optimizer's step; of several processes, whose sums wait for each other, not recorded."""
         if self.processes.size > 1:
             return self.optimizer.step(scale, momentum)
         numbers = torch.tensor([scale, momentum], device=self.model.embed.weight.device)
@@ -1503,8 +1503,9 @@ class Forward:
         self.shape, self.known, self.made = f"{shape}, torch {torch.__version__}", {}, None
         self.notes = compiled_folder() / "seconds.json"
         if self.open:
-            with contextlib.suppress(OSError, ValueError):                   # there is none yet, or a broken one
-                self.known = json.loads(self.notes.read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):                # there is none yet,
+                noted = json.loads(self.notes.read_text(encoding="utf-8")).items()                   # or a broken one
+                self.known = {shape: [float(plain), float(compiled)] for shape, (plain, compiled) in noted}
         self.use(compile)
 
     def use(self, compiled):
@@ -1519,7 +1520,7 @@ class Forward:
         n = len(self.times)
         if self.open and not n and self.shape in self.known:
             plain, compiled = self.known[self.shape]
-            self.use(left * (1 - compiled / plain) > WARM_COMPILE)
+            self.use(left * (plain - compiled) > WARM_COMPILE * plain)
             self.open = False
         elif self.open and n == 3 and left > COMPILE_PAYS:
             tqdm.write("compiling, half a minute or so …", file=sys.stderr)
