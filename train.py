@@ -1503,8 +1503,8 @@ class Forward:
         self.shape, self.known, self.made = f"{shape}, torch {torch.__version__}", {}, None
         self.notes = compiled_folder() / "seconds.json"
         if self.open:
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):                # there is none yet,
-                noted = json.loads(self.notes.read_text(encoding="utf-8")).items()                   # or a broken one
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):                # none yet, or a
+                noted = json.loads(self.notes.read_text(encoding="utf-8")).items()                   # broken one
                 self.known = {shape: [float(plain), float(compiled)] for shape, (plain, compiled) in noted}
         self.use(compile)
 
