@@ -1714,7 +1714,7 @@ def same_run(one, other):
 def one_process(corpus, tmp_path_factory):
     """A run of one process in pieces of two windows: (its program, its arguments, its folder)."""
     out = tmp_path_factory.mktemp("one")
-    program = "import sys, train; train.MICRO_TOKENS = 64; sys.exit(train.main(sys.argv[1:]))"              # 2 windows
+    program = "import sys, train; train.MICRO_TOKENS = 64; train.leave(train.main(sys.argv[1:]))"              # 2 windows
     arguments = ("--data", corpus, *SMALL, "--steps", 12)
     one = start(program, *arguments, "--out", out)
     assert one.wait(120) == 0, one.stdout.read()
@@ -1744,7 +1744,7 @@ def test_a_cut_run_goes_on_where_it_stopped(one_process, tmp_path):
                "step = train.Run.gradients\n"
                "def gradients(run, hidden):\n    if run.step == 6: raise KeyboardInterrupt\n"
                "    run.save() if run.step == 5 else None\n    return step(run, hidden)\n"
-               "train.Run.gradients = gradients; sys.exit(train.main(sys.argv[1:]) and 0)")
+               "train.Run.gradients = gradients; train.leave(train.main(sys.argv[1:]) and 0)")
     pair(halfway, *arguments, "--shard", "--out", tmp_path)
     assert train.read_state(tmp_path)["step"] == 5
     shutil.copytree(tmp_path, tmp_path / "alone")
