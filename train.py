@@ -1007,7 +1007,7 @@ class Optimizer:
 
     def __init__(self, model, lr=LR, processes=None, dtype=None):
         self.lr, self.stacks, self.processes, self.dtype = lr, {}, processes or Processes(), dtype
-        self.cut = is_cut(model.embed.weight)
+        self.cut, self.latest = is_cut(model.embed.weight), (None, None)     # a weight and its gradient: see `gathered`
         hidden = set()
         for weight, i, j in model.matrices():
             hidden.add(weight)
@@ -1044,7 +1044,7 @@ class Optimizer:
                 some = parts[first:first + many]
                 lying = lambda w, i, j, tall: w[i:j].mT if tall else w[i:j]
                 if self.cut:                                                 # each process gets one matrix whole
-                    g = [lying(whole(w.grad), i, j, tall) for w, i, j, tall in some][self.processes.rank:][:1]
+                    g = [lying(self.gathered(w), i, j, tall) for w, i, j, tall in some][self.processes.rank:][:1]
                     m, at = self.momentum[shape], slice(first // many, first // many + len(g))
                     g = torch.stack(g) if g else m[at]
                 else:
@@ -1057,6 +1057,13 @@ class Optimizer:
                     view, u = self.piece(w, i, j, u.mT if tall else u)
                     decay = (u * view > 0) * (rate * WEIGHT_DECAY * scale)   # cautious: where both pull the same way
                     view.sub_(view * decay).addcmul_(u, rate, value=-1)
+        self.latest = None, None
+
+    def gathered(self, w):
+        """The whole gradient of a weight that is cut. q, k and v are rows of one: it is kept for the next of them."""
+        if self.latest[0] is not w:
+            self.latest = w, whole(w.grad)
+        return self.latest[1]
 
     def orthogonalized(self, x, count):
         """`orthogonalize`, divided among the processes by matrix. x: all `count`, or this process's own alone."""
