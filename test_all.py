@@ -1663,6 +1663,24 @@ def test_two_runs_into_one_folder_are_refused(corpus, tmp_path):
     assert run(train, "--data", corpus, *SMALL, "--steps", 2, "--out", tmp_path / "out")[0] == 0
 
 
+def test_a_run_by_the_clock_ends_where_reading_on_would_be_learning_by_heart(tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("".join(f"line {i * i % 97}\n" for i in range(400)))
+    monkeypatch.setattr(train, "LEAST_STEPS", 30)
+    shape = ("--data", tmp_path / "short.txt", "--tokenizer", "bytes", "--layers", 1, "--dim", 32, "--context", 32,
+             "--batch", 4, "--out", tmp_path / "out")
+    code, out, err = run(train, *shape, "--minutes", 3)
+    state = train.read_state(tmp_path / "out")
+    assert code == 0 and state["finished"] and "--passes" in out, err
+    assert 4 * state["train_tokens"] <= state["tokens"] < 4 * state["train_tokens"] + 4 * 32
+    code, out, err = run(train, "--resume", "--passes", 6, "--out", tmp_path / "out")
+    assert code == 0 and train.read_state(tmp_path / "out")["tokens"] >= 6 * state["train_tokens"], err
+    code, _, err = run(train, "--steps", 3, "--passes", 2, "--out", tmp_path / "out")
+    assert code == 2 and "--passes" in err
+    monkeypatch.setattr(train, "LEAST_STEPS", 150)                           # a text so short takes more than 4 passes
+    code, _, err = run(train, *shape[:-2], "--minutes", 3, "--out", tmp_path / "more")
+    assert code == 0 and train.read_state(tmp_path / "more")["step"] == 150, err
+
+
 def test_a_student_learns_from_its_teacher(trained, corpus, tmp_path):
     arguments = ("--data", corpus, "--steps", 30, "--dim", 64, "--layers", 1, "--context", 64, "--batch", 4)
     code, _, err = run(train, *arguments, "--teacher", trained, "--out", tmp_path / "taught")
@@ -1714,7 +1732,7 @@ def same_run(one, other):
 def one_process(corpus, tmp_path_factory):
     """A run of one process in pieces of two windows: (its program, its arguments, its folder)."""
     out = tmp_path_factory.mktemp("one")
-    program = "import sys, train; train.MICRO_TOKENS = 64; train.leave(train.main(sys.argv[1:]))"              # 2 windows
+    program = "import sys, train; train.MICRO_TOKENS = 64; train.leave(train.main(sys.argv[1:]))"           # 2 windows
     arguments = ("--data", corpus, *SMALL, "--steps", 12)
     one = start(program, *arguments, "--out", out)
     assert one.wait(120) == 0, one.stdout.read()

@@ -1297,6 +1297,13 @@ class Run:
     def spent(self):
         return self.spent_before + time.monotonic() - START
 
+    def read(self):
+        """The share of the text's `passes` that is read: a run by the clock ends with them. Of a short text, more."""
+        s = self.settings
+        if not s["passes"]:
+            return 0.0
+        return self.tokens / max(s["passes"] * len(self.corpus.train), LEAST_STEPS * s["batch"] * s["context"])
+
     def save(self):
         """The folder a reader wants, then state.pt, which alone resumes, renamed last; by the first process. All call.
 
@@ -1325,7 +1332,7 @@ class Run:
             raise UserError(f"--out {self.out}: cannot be written ({error}); what was saved before is kept") from None
 
     def restore(self, state):
-        """Go on from what `save` wrote; with more minutes or steps than then, less of the run is over."""
+        """Go on from what `save` wrote; with more minutes, steps or passes than then, less of the run is over."""
         if len(self.corpus.train) != state["train_tokens"]:
             raise UserError("the data is not what this run was trained on; put it back, "
                             "or start a new run in another --out")
@@ -1335,6 +1342,8 @@ class Run:
         self.spent_before = state["seconds"]
         length = lambda settings: settings["minutes"] or settings["steps"]
         share = length(state["settings"]) / length(self.settings)
+        if self.settings["passes"]:
+            share = min(share, (state["settings"].get("passes") or math.inf) / self.settings["passes"])
         self.done = state["done"] * share
         if (self.out / "log.jsonl").exists():
             lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -1445,6 +1454,7 @@ class Run:
         self.graphs = self.graphs if self.graphs is None else {}
 
 
+PASSES, LEAST_STEPS = 4.0, 400                                               # over the text, by the clock; else steps
 DISTILLED, TEACHER_TEMPERATURE = 0.5, 2.0                                    # the teacher's share of the loss
 
 
@@ -1581,6 +1591,7 @@ def train_loop(run, stop):
         while True:
             done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
                     else run.step / s["steps"])
+            done = max(done, run.read())
             run.done, code, due = run.processes.agree(done, stop.code, time.monotonic() - saved > SAVE_EVERY)
             if code:
                 stop.code = code
@@ -1618,11 +1629,13 @@ def train_loop(run, stop):
             now = s["batch"] * s["context"] / forward.times[-1]
             speed = now if speed is None or run.step < 5 else 0.95 * speed + 0.05 * now
             left = total - run.spent() if total else (s["steps"] - run.step) * s["batch"] * s["context"] / speed
+            if 0 < run.read() == run.done:                                   # the text will end before the time
+                left = (run.spent() - began) * (1 - run.done) / max(1e-9, run.done - begun)
             best = f"{run.log[-1]['val_bpb']:.3f}" if run.log else "–"
             bar.set_postfix_str(f"step {run.step} · loss {loss:.3f} · val {best} bits/byte · {speed:,.0f} tokens/s"
                                 + (f" · {speed * per_token / peak:.0%} of peak" if peak else "")
                                 + f" · {clock(left)} left", refresh=False)
-            bar.update(min(run.spent(), total) - bar.n if total else 1)
+            bar.update(min(max(run.spent(), run.done * total), total) - bar.n if total else 1)
             if due:
                 try:
                     run.save()
@@ -1659,6 +1672,9 @@ def finish(run):
     print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) "
           f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens"
           + (f"; on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
+    if run.read() >= 1:
+        print(f"             the text was read {run.tokens / len(corpus.train):.0f} times, and reading on would be "
+              "learning by heart: give more (--data), or --passes")
     text = (corpus.folder / "val.txt").read_bytes()
     print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
           + "   on the same text")
@@ -1713,6 +1729,8 @@ def arguments():
     p.add_argument("--vocab", type=positive(int), help="entries of a bpe tokenizer (by the budget)")
     p.add_argument("--minutes", type=positive(float), help="wall clock from start to trained model (5)")
     p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
+    p.add_argument("--passes", type=positive(float),
+                   help=f"with --minutes: end after reading the text that many times ({PASSES:g})")
     p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP (by the budget)")
     p.add_argument("--dim", type=positive(int), help="width (by the budget)")
     p.add_argument("--heads", type=positive(int), help="query heads (dim / 64)")
@@ -1737,6 +1755,8 @@ def check(args):
     """Flags that contradict each other, before anything is done."""
     if args.minutes and args.steps:
         raise UserError("--minutes and --steps: give one of them")
+    if args.passes and args.steps:
+        raise UserError("--passes belongs to --minutes; --steps says itself when to end")
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed {args.seed}: it must be 0 or more")
     if args.vocab and args.tokenizer not in (None, "bpe"):
@@ -1755,7 +1775,7 @@ def plan(args, machine, processes, width=None):
     """
     s = {k: v for k, v in vars(args).items() if k != "resume"}
     if not args.steps:
-        s["minutes"] = args.minutes or 5.0
+        s["minutes"], s["passes"] = args.minutes or 5.0, args.passes or PASSES
     s["device"] = pick_device(args.device)
     flops = machine.flops[torch.float32] * 60 * s["minutes"] * 0.5 * processes.size if machine else 3e9 * args.steps
     shape = shape_for(flops)
@@ -1818,12 +1838,12 @@ def read_state(out):
         raise UserError(f"{path}: incomplete or not a checkpoint of train.py ({type(error).__name__})") from None
 
 
-def resumed_settings(args, saved):
-    """Settings of a run that goes on: those it had; minutes or steps may differ, any other is refused by name. Over how
-    many processes it runs, and whether they share the weights, is no setting.
+def resumed_settings(args, saved, finished=False):
+    """Settings of a run that goes on: those it had; minutes, steps and passes may differ, any other is refused by name.
+    Over how many processes it runs, and whether they share the weights, is no setting.
     """
     for flag, value in vars(args).items():
-        if flag in ("resume", "out", "minutes", "steps", "shard") or value is None:
+        if flag in ("resume", "out", "minutes", "steps", "passes", "shard") or value is None:
             continue
         value = "a" * int(value) if flag == "layers" and value.isdigit() else value
         if value != saved[flag]:
@@ -1832,7 +1852,8 @@ def resumed_settings(args, saved):
     if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
         raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
     compile = bool(saved["compile"]) if args.shard else saved["compile"]     # cut weights are not tried both ways
-    return dict(saved, out=args.out, shard=args.shard, compile=compile,
+    passes = args.passes or (None if finished else saved.get("passes"))      # who asks for more gets more
+    return dict(saved, out=args.out, shard=args.shard, compile=compile, passes=passes,
                 minutes=max(args.minutes or 0, saved["minutes"] or 0) or None,
                 steps=max(args.steps or 0, saved["steps"] or 0) or None)
 
@@ -1843,8 +1864,8 @@ def prepare(args, processes):
         raise UserError("--shard: there is one process; start N with torchrun --nproc_per_node=N train.py --shard")
     state = read_state(args.out) if args.resume else None
     if state:
-        settings = resumed_settings(args, state["settings"])
-        over = (settings["minutes"] == state["settings"]["minutes"] if settings["minutes"]
+        settings = resumed_settings(args, state["settings"], state["finished"])
+        over = (settings["minutes"] == state["settings"]["minutes"] and not args.passes if settings["minutes"]
                 else settings["steps"] <= state["step"])
         if state["finished"] and over:
             print(f"the run in {args.out} is finished, after {state['step']:,} steps; "
@@ -1987,8 +2008,8 @@ def train(args, processes):
 
 
 def leave(code):
-    """End this process. One of several ends on the spot: gloo's threads let go of the last tensors some time after their
-    message, and abort a Python that is taking itself apart by then.
+    """End this process. One of several ends on the spot: gloo's threads let go of the last tensors some time after
+    their message, and abort a Python that is taking itself apart by then.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
