@@ -1117,7 +1117,8 @@ class NGram:
         seen[0] = len(ids)
         for n in self.SIZES:
             if (end := ends.get(tuple(ids[-n:]))) and len(ids) >= n:
-                return ids[end:end + k]
+                period = len(ids) - end                                      # past its end the text repeats itself
+                return [ids[end + i % period] for i in range(k)]
         return []
 
     def forget(self, r):
@@ -1493,7 +1494,10 @@ class LLM:
         if draft == "self":
             return Drafter(train.first_layers(self.model, max(1, len(self.model.blocks) // 4)), budget)
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
-        model, tokenizer = load(draft, str(device), dtype)
+        try:
+            model, tokenizer = load(draft, str(device), dtype)
+        except UserError as error:
+            raise UserError(f"draft {draft}: {error}") from None
         if tokenizer.library.get_vocab() != self.tokenizer.library.get_vocab():
             raise ValueError(f"draft {draft}: its tokens are not those of {self.folder}")
         return Drafter(quicken(model), budget)
@@ -1984,6 +1988,9 @@ def arguments():
                    help="tokens a pass; longer prompts go in chunks (%(default)s)")
     p.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
                    help="take over what an earlier prompt with the same beginning has computed")
+    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays the "
+                   "same: ngram (the text itself), self (the first layers), or a smaller model's folder")
+    p.add_argument("--num-draft-tokens", type=positive(int), default=4, help="guessed at most (%(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
@@ -2038,6 +2045,8 @@ def complete(llm, machine, prompt, sampling, as_json):
         limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
         line += (f" · generated {generated} at {speed['decode']:,.0f}/s, "
                  f"{speed['decode'] / limit:.0%} of what the memory allows")
+    if llm.draft_tokens:
+        line += f" · {llm.accepted_tokens} of {llm.draft_tokens} drafts were right"
     print(line, file=sys.stderr)
     return requests
 
@@ -2090,7 +2099,7 @@ def main(argv=None):
         text = train.read_text(args.score) if args.score else None
         options = {k: getattr(args, k) for k in ("device", "dtype", "quantize", "kv_cache_dtype", "block_size",
                                                  "num_blocks", "max_num_seqs", "max_num_batched_tokens",
-                                                 "prefix_caching", "compile")}
+                                                 "prefix_caching", "draft", "num_draft_tokens", "compile")}
         if args.bench:                                                       # all of the batch in step
             room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
             options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
