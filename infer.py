@@ -739,6 +739,8 @@ class Sampling:
     logprobs: int | None = None                                              # so many of the likeliest, and the chosen
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    json_schema: dict | str | bool | None = None                             # the text is JSON of this schema,
+    regex: str | None = None                                                 # or all of it matches this
 
     def check(self, V):
         """ValueError names the argument that is out of range; V: how many tokens the model has."""
@@ -770,6 +772,10 @@ class Sampling:
             k = getattr(self, name)
             need(k is None or whole(k) and 0 <= k <= V, name, f"a whole number from 0 to {V}")
         need(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        need(self.json_schema is None or isinstance(self.json_schema, (dict, str, bool)), "json_schema",
+             "a JSON schema, as a dict or as text")
+        need(self.regex is None or isinstance(self.regex, str), "regex", "a regular expression, as text")
+        need(self.regex is None or self.json_schema is None, "regex", "alone: json_schema is given, too")
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         need(isinstance(self.stop, (list, tuple)) and all(isinstance(s, str) and s for s in self.stop),
              "stop", "a string or a list of strings, none empty")
@@ -1075,7 +1081,63 @@ def hidden_states(model, cache, segments):
     return model.hidden(tokens, positions, cache.states(segments))[0]
 
 
-# --- 5. Drafts: tokens guessed ahead, so that one pass over the weights checks several --------------------------------
+# --- 5. Constraints: which tokens may come next -----------------------------------------------------------------------
+
+class Constraints:
+    """Texts that must match a regular expression or a JSON schema: llguidance says which tokens can go on.
+
+    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its parts,
+    and ends with its last bracket. Properties that the schema does not require may be left out.
+    """
+    JSON = dict(whitespace_pattern=r" ?|\n {0,32}", lenient=False)
+
+    def __init__(self, tokenizer, eos_ids, V):
+        import llguidance                                                    # not everybody's: loaded with the first use
+        special = set(tokenizer.special.values())
+
+        class Tokens:
+            """What the library asks of a tokenizer. A model without an end token gets one that it can't draw."""
+            tokens = [b"" if i in special else tokenizer.token_bytes(i) for i in range(V)] + ([] if eos_ids else [b""])
+            special_token_ids, bos_token_id, eos_token_id = sorted(special), None, min(eos_ids, default=V)
+
+            def __call__(self, text):
+                return tokenizer.encode(text)
+        self.library, self.V = llguidance, V
+        self.tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()), n_vocab=len(Tokens.tokens),
+                                             eos_token=sorted(eos_ids) or [V])
+
+    def matcher(self, sampling):
+        """What follows one text → a matcher. ValueError names the argument and what of it can't be."""
+        name, matcher = "json_schema" if sampling.regex is None else "regex", self.library.LLMatcher
+        try:
+            if name == "regex":
+                grammar = matcher.grammar_from_regex(sampling.regex)
+            else:
+                schema = sampling.json_schema
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                schema = schema if isinstance(schema, dict) else {"allOf": [schema]}                 # true, false
+                grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=self.JSON)
+            _, problems = matcher.validate_grammar_with_warnings(grammar, self.tokens)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems:
+            raise ValueError(f"{name}: {' '.join(problems[0].split())}")
+        return matcher(self.tokens, grammar, log_level=0)
+
+    def allow(self, logits, requests):
+        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay as they are.
+        """
+        rows = [i for i, r in enumerate(requests) if r.matcher]
+        if not rows:
+            return logits
+        bits = np.frombuffer(b"".join(requests[i].matcher.compute_bitmask() for i in rows), dtype=np.uint8)
+        allowed = np.unpackbits(bits.reshape(len(rows), -1), axis=1, count=self.V, bitorder="little").astype(bool)
+        allowed, logits = torch.from_numpy(allowed).to(logits.device), logits.clone()
+        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+        return logits
+
+
+# --- 6. Drafts: tokens guessed ahead, so that one pass over the weights checks several --------------------------------
 
 def accept_or_resample_numpy(p, q, drafts, rng):
     """The classic rule of speculative decoding (arXiv 2211.17192, algorithm 1), for one text.
@@ -1179,7 +1241,7 @@ class Drafter:
             self.cache.close(self.texts.pop(r))
 
 
-# --- 6. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
+# --- 7. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
 
 class Request:
     """One text in the making: choice `choice` of a prompt, up to `limit` new tokens. What a caller reads of it: .text,
@@ -1199,6 +1261,7 @@ class Request:
         self.table, self.keys, self.computed, self.arrival = [], [], 0, 0
         self.waits_for = self.cached_tokens = None
         self.marks = set()                                                   # where its states are to be kept
+        self.matcher = None                                                  # what its text must match: see `Constraints`
         self.drafts, self.before = [], None                                  # tokens guessed; states before them
         self.worth, self.pause, self.rest = 1.0, 0, 8                        # of drafts: see `LLM.guess`
 
@@ -1229,9 +1292,10 @@ class Request:
         self.ids.append(token)
         if self.tally:
             self.tally.add(token)
-        if token in eos_ids and not self.sampling.ignore_eos:
+        matched = self.matcher and self.matcher.consume_token(token) and self.matcher.is_stopped()
+        if token in eos_ids and (self.matcher or not self.sampling.ignore_eos):
             self.finish_reason = "stop"
-        elif self.out.push(token):
+        elif self.out.push(token) or matched:
             self.finish_reason = "stop"
         elif len(self.ids) == self.capacity:
             self.finish_reason = "length"
@@ -1485,7 +1549,7 @@ class LLM:
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
         self.drafter, self.num_draft_tokens = draft and self.make_drafter(draft, max_num_batched_tokens), num_draft_tokens
-        self.draft_tokens = self.accepted_tokens = 0
+        self.draft_tokens, self.accepted_tokens, self.constraints = 0, 0, None
         self.costs = {}                                                      # (rows, drafts or not) → seconds of a step
 
     def make_drafter(self, draft, budget):
@@ -1524,7 +1588,16 @@ class LLM:
             raise ValueError(f"prompt {index}: {error}") from None
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         limit = sampling.max_tokens or min(self.room - len(ids), pool - len(ids), 128)
-        return [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        if sampling.regex is not None or sampling.json_schema is not None:
+            self.constraints = self.constraints or Constraints(self.tokenizer, self.eos_ids, V)
+            try:
+                matcher = self.constraints.matcher(sampling)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+            for r in requests:
+                r.matcher = matcher.deep_copy()
+        return requests
 
     def add(self, prompt, **sampling):
         """Take in a prompt → its n requests, which the next steps work on. ValueError as in `generate`."""
@@ -1717,7 +1790,7 @@ class LLM:
             likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
-        tokens = sample(logits, requests)
+        tokens = sample(self.constraints.allow(logits, requests) if self.constraints else logits, requests)
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
@@ -1974,6 +2047,8 @@ def arguments():
     p.add_argument("--stop", action="append", help="end before this text; may be given several times")
     p.add_argument("--n", type=int, default=1, help="that many continuations")
     p.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    p.add_argument("--json-schema", metavar="JSON", help="the text is JSON of this schema")
+    p.add_argument("--regex", help="all of the text matches this regular expression")
     p.add_argument("--logprobs", type=int, metavar="K", help="log probabilities of each token and the K likeliest")
     p.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")

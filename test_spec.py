@@ -50,10 +50,10 @@ def test_an_end_inside_a_draft_ends_the_text(trained):
 
 def test_drafts_that_do_not_pay_pause(trained):
     m = infer.LLM(trained, draft="ngram")
-    m.drafter.propose = lambda requests, k: [[0] * k for _ in requests]      # always wrong
+    m.drafter.propose = lambda requests, k: [[0] * k for _ in requests]      # always wrong,
+    m.learn = lambda segments, _: infer.LLM.learn(m, segments, 3.0 if any(r.drafts for r, *_ in segments) else 1.0)
     (r,), seen = m.add([40, 41], max_tokens=60, temperature=1.0, seed=3, ignore_eos=True, logit_bias={0: -90.0}), []
     while r.finish_reason is None:
-        m.costs = {(1, False): 1.0, (1, True): 3.0}
         drafted = m.draft_tokens
         m.step()
         seen.append(m.draft_tokens > drafted)
