@@ -23,6 +23,7 @@ Qwen2, Llama or Mistral; `--score FILE`, `--bench`, `--bench-serving`; without a
 import argparse
 import bisect
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,51 @@ def layers_in(model, layer):
             steers = {"dt_proj", "router", "predictor"} & {*path.split("."), name}
             if type(linear) is torch.nn.Linear and not steers:
                 setattr(module, name, layer(linear))
+
+
+class Summed(torch.nn.Module):
+    """A linear layer whose inputs are divided among processes: the outputs of all are added."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        y = self.linear(x)
+        torch.distributed.all_reduce(y)
+        return y
+
+
+@torch.no_grad()
+def divide(model, processes):
+    """Tensor parallelism: each process keeps its heads and its share of the MLP's width, so that a layer's weights are
+    read by all at once, each its part; two sums a layer over the processes put them together. UserError where they do
+    not come out even.
+    """
+    c, n, rank = model.config, processes.size, processes.rank
+    if set(c.layers) != {"a"}:
+        raise UserError(f"several processes divide the heads of attention layers; this model's layers are {c.layers}")
+    for name, count in (("attention heads", c.heads), ("key and value heads", c.kv_heads), ("MLP channels", c.hidden)):
+        if count % n:
+            raise UserError(f"{n} processes can't divide {count} {name} evenly")
+    mine = lambda w, dim=0: w.detach().chunk(n, dim)[rank].clone()
+
+    def rows(linear, sizes):                                                 # this process's outputs of each fused part
+        for name, w in list(linear.named_parameters()):
+            setattr(linear, name, torch.nn.Parameter(torch.cat([mine(part) for part in w.split(sizes)])))
+        linear.out_features = len(linear.weight)
+
+    def columns(linear):                                                     # its inputs; one adds the bias
+        linear.weight = torch.nn.Parameter(mine(linear.weight, 1))
+        linear.in_features = linear.weight.shape[1]
+        linear.bias = None if rank else linear.bias
+        return Summed(linear)
+    for block in model.blocks:
+        a, mlp = block.attention, block.mlp
+        rows(a.qkv, [a.H * a.D, a.G * a.D, a.G * a.D])
+        rows(mlp.gate_up, [c.hidden, c.hidden])
+        a.H, a.G, a.out, mlp.down = a.H // n, a.G // n, columns(a.out), columns(mlp.down)
+    model.config = replace(c, heads=c.heads // n, kv_heads=c.kv_heads // n, hidden=c.hidden // n)
 
 
 QUANTIZED = {"int8": Int8}                                                   # --quantize → the layer
@@ -1515,7 +1561,10 @@ class LLM:
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
+        self.processes = train.Processes()                                   # torchrun's: each does its part of all
         self.model, self.tokenizer = load(folder, device, dtype)
+        if self.processes.size > 1:
+            divide(self.model, self.processes)
         c, weight = self.model.config, self.model.embed.weight
         self.quantize = quantize
         self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
@@ -1534,10 +1583,10 @@ class LLM:
         elif num_blocks is None:
             num_blocks = max(1, min(memory_of(weight.device) // (self.token_bytes * block_size),
                                     max_num_seqs * -(-self.context // block_size)))
+        (num_blocks,) = self.processes.agree(num_blocks)
         self.blocks = Blocks(num_blocks, block_size, prefix_caching)
         gpu, mixed = weight.device.type == "cuda", set(c.layers) != {"a"}
-        if compile is None:
-            compile = gpu
+        compile = self.processes.size == 1 and (gpu if compile is None else compile)
         self.cache = (Mixed(self.model, self.blocks, int8) if mixed else
                       Pages(self.model, self.blocks, int8) if gpu else
                       Rows(self.model, self.blocks, max_num_seqs) if compile and not int8 and not prefix_caching else
@@ -1586,7 +1635,7 @@ class LLM:
                     raise ValueError(f"the prompt ({len(ids)} tokens) and max_tokens ({new}) exceed {where}")
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        (seed,) = (sampling.seed,) if sampling.seed is not None else self.processes.agree(secrets.randbits(63))
         limit = sampling.max_tokens or min(self.room - len(ids), pool - len(ids), 128)
         requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
         if sampling.regex is not None or sampling.json_schema is not None:
@@ -1637,7 +1686,7 @@ class LLM:
                     computed[r] = start
         self.scheduler.advance([(r, start, computed.get(r, stop)) for r, start, stop in segments])
         if self.drafter:
-            self.learn(segments, time.perf_counter() - began)
+            self.learn(segments, *self.processes.agree(time.perf_counter() - began))
         for r in ready:
             r.drafts, r.before = [], None
             if r.finish_reason:
@@ -1659,7 +1708,8 @@ class LLM:
                 some += [r] if not r.pause and len(r.ids) < r.capacity - 1 else []
         most = lambda r: min(self.num_draft_tokens, r.capacity - len(r.ids) - 1)
         if some:
-            for r, drafts in zip(some, self.drafter.propose(some, self.num_draft_tokens)):
+            (proposed,) = self.processes.agree(self.drafter.propose(some, self.num_draft_tokens))
+            for r, drafts in zip(some, proposed):
                 r.drafts = drafts[:most(r)]
 
     def learn(self, segments, seconds):
@@ -1790,7 +1840,8 @@ class LLM:
             likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
-        tokens = sample(self.constraints.allow(logits, requests) if self.constraints else logits, requests)
+        (tokens,) = self.processes.agree(sample(self.constraints.allow(logits, requests) if self.constraints else logits,
+                                                requests))
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
@@ -2165,8 +2216,13 @@ def once(make):
 
 
 def main(argv=None):
-    """Generate, score or time by command-line flags → exit code."""
+    """Generate, score or time by command-line flags → exit code. Of several processes the first one speaks for all."""
+    quiet = contextlib.ExitStack()
     try:
+        if int(os.environ.get("RANK", 0)):
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
         if sum([bool(args.score), args.bench, args.bench_serving, args.prompt is not None]) > 1:
@@ -2207,10 +2263,12 @@ def main(argv=None):
                  f"between tokens {1000 * r['between_tokens_seconds_median']:.0f} ms "
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
-        elif args.prompt is None and sys.stdin.isatty():
+        elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)
         else:
-            prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+            prompt = args.prompt
+            if prompt is None:
+                (prompt,) = llm.processes.agree(None if llm.processes.rank else sys.stdin.read())
             complete(llm, machine, prompt, sampling, args.json)
         return 0
     except (UserError, ValueError) as error:
@@ -2219,7 +2277,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    finally:
+        quiet.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train.leave(main())
