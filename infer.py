@@ -645,6 +645,7 @@ class Mixed(Slabs):
                    for store in self.stores for part in store)
 
     def open(self, r):
+        r.slab = None
         if self.attends:
             r.slab = self.new(r.capacity)
             r.slab.kept = [[] for _ in range(self.routed)]
@@ -1380,10 +1381,11 @@ class Scheduler:
                 self.room(r, budget - 1)
                 segments.append((r, r.computed, r.computed + 1 + len(r.drafts)))
                 budget -= 1 + len(r.drafts)
-        for r in self.running:                                               # more of the prompts begun,
+        prompts = []                                                         # more of those begun,
+        for r in self.running:
             if r.left > 1 and budget:
-                segments.append(self.piece(r, budget))
-                budget -= segments[-1][2] - r.computed
+                prompts.append((r, min(r.left, budget)))
+                budget -= prompts[-1][1]
         for r in list(self.waiting):                                         # and prompts that waited
             if not budget or len(self.running) == self.most:
                 break
@@ -1394,15 +1396,14 @@ class Scheduler:
                 continue                                                     # that have it let those behind them pass
             if not self.admit(r, found):
                 break
-            segments.append(self.piece(r, budget))
-            budget -= segments[-1][2] - r.computed
-        return segments
+            prompts.append((r, min(r.left, budget)))
+            budget -= prompts[-1][1]
+        return segments + [self.piece(r, count) for r, count in prompts]
 
     @staticmethod
-    def piece(r, budget):
-        """As many of a request's next tokens as there is room for, up to where its states are to be kept."""
-        stop = r.computed + min(r.left, budget)
-        return r, r.computed, min([stop] + [mark for mark in r.marks if mark > r.computed])
+    def piece(r, count):
+        """A request's next `count` tokens, or those up to where its states are to be kept."""
+        return r, r.computed, min([r.computed + count] + [mark for mark in r.marks if mark > r.computed])
 
     def grow(self, r):
         """A block for the next token where it needs one → whether it is still running."""

@@ -125,7 +125,7 @@ class Mamba2(Mixer):
         if self.G == 1:
             return rms_norm(y, self.norm, self.eps)
         y = y.unflatten(-1, (self.G, -1))                                    # each group has a length of its own
-        return rms_norm(y, torch.ones_like(y[0, 0] if y.ndim == 3 else y[0, 0, 0]), self.eps).flatten(-2) * self.norm
+        return rms_norm(y, y.new_ones(y.shape[-1]), self.eps).flatten(-2) * self.norm
 
 
 class GatedDelta(Mixer):

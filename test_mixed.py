@@ -197,3 +197,17 @@ def test_a_stack_that_was_stopped_goes_on_as_if_it_had_not_been(corpus, layers, 
 def test_bad_layers_are_one_clear_line(flags, said, corpus, tmp_path):
     code, _, err = run(train, "--data", corpus, "--steps", 2, "--out", tmp_path, *flags)
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self"])
+@pytest.mark.parametrize("layers", ["ssss", "sssa", "sDaM", "AaAA"])
+def test_any_stack_writes_the_same_with_drafts(stacks, layers, draft):
+    plain = infer.LLM(stacks(layers), prefix_caching=False, max_num_seqs=1)
+    m = infer.LLM(stacks(layers), draft=draft, block_size=4, num_blocks=30, max_num_batched_tokens=16)
+    m.learn, m.costs = lambda *_: None, {(n, False): 1.0 for n in range(20)}
+    rng = np.random.default_rng(5)
+    for (prompt, arguments), r in traffic(m, rng, 10):
+        assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
+    (r,) = m.generate([[40, 41, 42] * 6], max_tokens=30, temperature=0, logit_bias={40: 60.0})       # drafts that hold
+    assert r.tokens == [40] * 30 and m.stats()["draft_tokens"] > 10
+    assert m.stats()["accepted_tokens"] > (15 if draft == "ngram" else -1) and idle(m)
