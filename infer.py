@@ -17,8 +17,11 @@ its bound.
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
 
+    drafts    tokens guessed ahead, checked several in one pass: the weights are read once for all of them. The noise is
+              keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
+
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama or Mistral; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
 import bisect
