@@ -743,14 +743,15 @@ def chosen_counts(keep, counts):
 
 
 class RoutedRows:
-    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes."""
+    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: no token).
+    """
 
     def __init__(self, store, rows, counts):
         self.store, self.rows, self.counts = store, rows, counts
 
     def chosen(self, keep):
         some = chosen_counts(keep, self.counts)
-        return RowsState(self.store, [self.rows[i] for i, _ in some], [len(places) for _, places in some])
+        return RowsState(self.store, [self.rows[i] for i, _ in some], [len(p) for _, p in some]) if some else None
 
 
 class RoutedSlabState:
@@ -766,7 +767,7 @@ class RoutedSlabState:
             kept = r.slab.kept[self.routed]
             taken.append((r, len(kept), len(kept) + len(places)))
             kept += (start + places).tolist()
-        return SlabState(SlabViews(taken), self.part)
+        return SlabState(SlabViews(taken), self.part) if taken else None
 
 
 # --- 3. Sampler -------------------------------------------------------------------------------------------------------
