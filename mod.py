@@ -29,9 +29,12 @@ Mixture of Depths: Raposo et al. 2024, arXiv 2404.02258; the threshold: Expert T
 `python mod.py --isoflop` trains routed models and plain ones with equal FLOPs.
 """
 import argparse
+import json
 import math
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -353,7 +356,8 @@ class MixtureOfDepths(nn.Module):
     def forward(self, x, positions, state=None):
         shape = B, T, C = x.shape
         flat = x.flatten(0, 1)
-        scores = self.router(flat)[:, 0].float()                             # [B · T]
+        scores = self.router(flat)[:, 0]                                     # [B · T]
+        scores = scores.to(torch.promote_types(torch.float32, scores.dtype))
         if self.training and state is None and self.routing == "topk":
             k = count(self.capacity, T)
             chosen = scores.view(B, T).sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
@@ -406,7 +410,7 @@ class MixtureOfDepths(nn.Module):
     def settle(self, processes=None):
         """After a step: the threshold follows what the step's batch had, a tenth of the way."""
         if self.quantiles:
-            mean = torch.stack(self.quantiles).mean()
+            mean = torch.stack(self.quantiles).mean().to(self.threshold.dtype)
             if processes and processes.size > 1:
                 processes.sum([mean])
                 mean /= processes.size
@@ -425,3 +429,281 @@ def agreement(counts):
     """
     right, total, both, either = torch.stack(counts).sum(0).tolist()
     return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, both + either)) if total else {}
+
+
+# --- 5. The claims, measured ------------------------------------------------------------------------------------------
+
+class Tiny(nn.Module):
+    """The smallest language model around blocks: bytes in, logits of the next byte out."""
+
+    def __init__(self, letters, C, capacity, routing="topk", seed=0, scores=None):
+        super().__init__()
+        torch.manual_seed(seed)
+        H, D = max(1, C // 32), min(C, 32)
+        rotary = Rotary(rotary_inv_freq(D))
+        make = lambda: Block(Attention(C, H, H, D, rotary), MLP(C, -(-8 * C // 3 // 16) * 16), C)
+        self.embed, self.head = nn.Embedding(256, C), nn.Linear(C, 256, bias=False)
+        self.blocks = nn.ModuleList(make() if letter == "a" else (Shuffled if scores == "random" else MixtureOfDepths)(
+            make(), C, capacity, routing) for letter in letters)
+        for block in self.blocks:
+            if isinstance(block, MixtureOfDepths):
+                block.initialize(torch.Generator().manual_seed(seed))
+            inner = block.block if isinstance(block, MixtureOfDepths) else block
+            for out in (inner.attention.out, inner.mlp.down):
+                nn.init.zeros_(out.weight)
+
+    def forward(self, x, states=None, start=0):
+        positions = torch.arange(start, start + x.shape[1])
+        x = self.embed(x)
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
+            x = block(x, positions, state)
+        return self.head(F.rms_norm(x, x.shape[-1:]))
+
+    def states(self, capacity):
+        new = lambda a: KVCache(1, a.G, capacity, a.D)
+        return [RoutedState([new(block.block.attention)]) if isinstance(block, MixtureOfDepths) else new(block.attention)
+                for block in self.blocks]
+
+
+class Shuffled(MixtureOfDepths):
+    """The control: rows by chance, in training and in generation."""
+
+    def forward(self, x, positions, state=None):
+        with torch.no_grad():
+            self.router.weight.zero_()                                       # a weight of a half, for all
+        self.predicted = lambda x, scores: torch.rand(len(x)) - (1 - self.capacity)
+        if self.training and state is None:
+            rows = torch.from_numpy(random_rows_numpy(np.random.default_rng(), *x.shape[:2], self.capacity))
+            at = rows.view(len(x), -1) % x.shape[1]
+            some = gather_rows(x.flatten(0, 1), rows).view(len(x), -1, x.shape[2])
+            update = self.block.delta(some, positions.expand(x.shape[:2]).gather(1, at)).flatten(0, 1)
+            return scatter_add_rows(x.flatten(0, 1), rows, update, torch.full((len(rows),), 0.5)).view(x.shape)
+        return super().forward(x, positions, state)
+
+
+def some_text(most=2 ** 22):
+    """Text that every machine has: Python's own library → bytes as a tensor, its last tenth held out."""
+    root, parts, size = Path(sysconfig.get_path("stdlib")), [], 0
+    for path in sorted(root.glob("*.py")):
+        parts.append(path.read_bytes())
+        size += len(parts[-1])
+        if size > most:
+            break
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).long().tensor_split([9 * size // 10])
+
+
+def train_tiny(model, text, T=256, B=8, seconds=None, flops=None, say=lambda done, loss: None, seed=0):
+    """AdamW until the time or the FLOPs are spent → steps."""
+    generator, began, step = torch.Generator().manual_seed(seed), time.perf_counter(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    each = 3 * B * forward_flops(model, T)
+    while True:
+        done = (time.perf_counter() - began) / seconds if seconds else step * each / flops
+        if done >= 1 and step:
+            return step
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * min(done, 1))
+        at = torch.randint(len(text) - T - 1, (B, 1), generator=generator) + torch.arange(T + 1)
+        rows = text[at]
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        beside = sum(block.auxiliary for block in model.blocks if isinstance(block, MixtureOfDepths))
+        optimizer.zero_grad(set_to_none=True)
+        (loss + beside).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for block in model.blocks:
+            if isinstance(block, MixtureOfDepths):
+                block.settle()
+        step += 1
+        say(min(done, 1), loss.item())
+
+
+def forward_flops(model, T):
+    """FLOPs of a forward pass over T tokens."""
+    total = 2 * T * model.head.weight.numel()
+    for block in model.blocks:
+        routed = isinstance(block, MixtureOfDepths)
+        a, mlp = ((block.block if routed else block).attention, (block.block if routed else block).mlp)
+        total += block_flops(T, model.embed.embedding_dim, mlp.down.in_features, a.H, a.G, a.D,
+                             block.capacity if routed else 1.0)
+    return total
+
+
+@torch.no_grad()
+def held_out_loss(model, text, T=256, rows=32):
+    """Nats a byte on evenly spaced windows of the text."""
+    at = torch.linspace(0, len(text) - T - 2, rows).long()[:, None] + torch.arange(T + 1)
+    return F.cross_entropy(model(text[at[:, :-1]]).flatten(0, 1), text[at[:, 1:]].flatten()).item()
+
+
+def show_choice(model, text, layer):
+    """A text with the bytes that a routed block takes in generation set off by brackets, as in ‹these› ones."""
+    seen = {}
+    block, decide = model.blocks[layer], model.blocks[layer].decide
+
+    def note(x, scores):
+        seen["keep"] = decide(x, scores)
+        return seen["keep"]
+    block.decide = note
+    with torch.no_grad():
+        model.eval()(text[None])
+    del block.decide
+    letters, marked, inside = bytes(text.tolist()).decode("utf-8", "replace"), [], False
+    for letter, keep in zip(letters, seen["keep"].tolist()):
+        if keep != inside:
+            marked.append("‹" if keep else "›")
+        marked.append(letter)
+        inside = keep
+    return "".join(marked) + "›" * inside, sum(seen["keep"].tolist()) / len(text)
+
+
+def compare_times(C=256, capacity=0.125, tries=3):
+    """A block beside the same block routed, forward and backward: FLOPs and time."""
+    rotary = Rotary(rotary_inv_freq(64))
+    block = Block(Attention(C, C // 64, C // 64, 64, rotary), MLP(C, 8 * C // 3 // 32 * 32), C)
+    layer = MixtureOfDepths(block, C, capacity)
+    layer.initialize(torch.Generator().manual_seed(0))
+    print(f"one block, {C} wide, forward and backward; a routed one takes {capacity:g} of the tokens\n"
+          f"{'T':>6}{'FLOPs':>14}{'routed':>12}{'time':>14}{'routed':>12}{'FLOPs':>9}{'time':>8}")
+    for T in (256, 512, 1024, 2048, 4096):
+        x, positions = torch.randn(1, T, C, requires_grad=True), torch.arange(T)
+        both = lambda f: torch.autograd.grad(f(x, positions).sum(), x)
+        full, routed = (_milliseconds(lambda: both(f), "cpu", tries) for f in (block, layer))
+        a = block.attention
+        flops = [3 * block_flops(T, C, block.mlp.down.in_features, a.H, a.G, a.D, c) for c in (1.0, capacity)]
+        print(f"{T:>6}{flops[0] / 1e9:>12.2f} G{flops[1] / 1e9:>10.2f} G{full:>11.1f} ms{routed:>9.1f} ms"
+              f"{flops[1] / flops[0]:>8.3f}×{routed / full:>7.3f}×", flush=True)
+
+
+def agree():
+    """How far NumPy, the module and its causal forms are apart."""
+    x, positions = torch.randn(2, 64, 32, dtype=torch.float64), torch.arange(64)
+    model = Tiny("A", 32, 0.25).double()
+    layer = model.blocks[0]
+    with torch.no_grad():
+        layer.block.mlp.down.weight.normal_()
+        f = lambda a: layer.block.delta(torch.from_numpy(a), torch.arange(a.shape[1])).numpy()
+        layer.block.attention.rotary = lambda q, k, positions: (q, k)        # NumPy's f is told of no positions
+        twin = mixture_numpy(x.numpy(), layer.router.weight[0].numpy(), f, 0.25)
+        whole = np.abs(layer.train()(x, positions).numpy() - twin).max()
+        layer.eval()
+        y, state = layer(x[:1], positions), RoutedState([KVCache(1, 1, 64, 32, torch.float64)])
+        steps = torch.cat([layer(x[:1, t:t + 1], positions[t:t + 1], state) for t in range(64)], 1)
+    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart; in generation the whole text at once and token "
+          f"by token: {(steps - y).abs().max():.0e}")
+
+
+def show_all():
+    """What `python mod.py` prints."""
+    text, held = some_text()
+    model = Tiny("aAaA", 96, 0.125)
+    shown, began = sys.stdout.isatty(), time.perf_counter()
+
+    def say(done, loss):
+        if shown:
+            print(f"\rtraining {done:4.0%}, loss {loss:.3f}   ", end="", flush=True)
+    steps = train_tiny(model, text, seconds=6, say=say)
+    told = agreement([block.counts for block in model.blocks if isinstance(block, MixtureOfDepths)])
+    model.train()
+    top = held_out_loss(model, held)
+    causal = held_out_loss(model.eval(), held)
+    marked, share = show_choice(model, held[2000:2400], 1)
+    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {time.perf_counter() - began:.0f} s on Python's own library: "
+          f"{top:.3f} nats a byte routed by top-k,\n{causal:.3f} by its predictors, which say what top-k chose in "
+          f"{told['router_agreement']:.1%} of all cases (saying no each time: 87.5%),\nF1 {told['router_f1']:.2f}. "
+          f"What the first routed block takes of a text in generation ({share:.0%}):\n\n{marked}\n")
+    compare_times()
+    print()
+    agree()
+
+
+# --- 6. Equal training FLOPs ------------------------------------------------------------------------------------------
+
+KINDS = (("aaaa", 1.0, None), ("aAaA", 0.125, None), ("aAaA", 0.5, None), ("AAAA", 0.125, None),
+         ("aAaA", 0.125, "random"))
+
+
+def isoflop(minutes, out):
+    """Plain and routed models of a few widths, all trained with the same FLOPs → a table, isoflop.png. What is done lies
+    in isoflop.jsonl and is not done again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    notes, (text, held) = out / "isoflop.jsonl", some_text()
+    done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    widths = (64, 96, 128, 192)
+    x = torch.randn(512, 512)
+    rate = 2 * 512 ** 3 / (_milliseconds(lambda: x @ x, "cpu") / 1000)
+    flops = done[0]["training_flops"] if done else 0.2 * rate * 60 * minutes / (len(KINDS) * len(widths))
+    print(f"{len(KINDS) * len(widths)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
+          f"{'blocks':8}{'capacity':>9}{'routing':>9}{'width':>7}{'steps':>7}{'FLOPs a pass':>14}{'ms a token':>12}"
+          f"{'nats a byte':>13}", flush=True)
+    for C in widths:
+        for letters, capacity, scores in KINDS:
+            key = dict(blocks=letters, capacity=capacity, routing=scores or ("top-k" if capacity < 1 else "–"), width=C)
+            row = next((r for r in done if all(r[k] == v for k, v in key.items())), None)
+            if row is None:
+                model = Tiny(letters, C, capacity, scores=scores)
+                say = lambda p, loss: print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ", end="", file=sys.stderr, flush=True)
+                steps = train_tiny(model, text, flops=flops, say=say)
+                print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+                row = key | dict(training_flops=flops, steps=steps, forward_flops=forward_flops(model, 256) / 256,
+                                 ms_per_token=token_milliseconds(model.eval()), loss=held_out_loss(model, held))
+                done.append(row)
+                beside = notes.with_suffix(".new")
+                beside.write_text("".join(json.dumps(r) + "\n" for r in done))
+                beside.replace(notes)
+            print(f"{letters:8}{capacity:>9.3f}{row['routing']:>9}{C:>7}{row['steps']:>7}{row['forward_flops']:>14.2e}"
+                  f"{row['ms_per_token']:>12.2f}{row['loss']:>13.3f}", flush=True)
+    draw(done, out / "isoflop.png")
+    print(f"\n{out / 'isoflop.png'} shows loss over FLOPs a pass and over time a token")
+
+
+@torch.no_grad()
+def token_milliseconds(model, prompt=128, count=64):
+    """Median time of a generated token after a prompt."""
+    states, times = model.states(prompt + count), []
+    model(torch.zeros(1, prompt, dtype=torch.long), states)
+    for i in range(count):
+        t = time.perf_counter()
+        model(torch.full((1, 1), i % 256), states, prompt + i)
+        times.append(time.perf_counter() - t)
+    return 1000 * sorted(times)[count // 2]
+
+
+def draw(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for letters, capacity, scores in KINDS:
+        name = scores or ("top-k" if capacity < 1 else "–")
+        own = [r for r in rows if (r["blocks"], r["capacity"], r["routing"]) == (letters, capacity, name)]
+        label = letters if capacity == 1 else f"{letters}, capacity {capacity:g}" + (", random" if scores else "")
+        for axis, key in zip(axes, ("forward_flops", "ms_per_token")):
+            axis.plot([r[key] for r in own], [r["loss"] for r in own], "o-", label=label, linewidth=1, markersize=4)
+    axes[0].set(xlabel="FLOPs of a forward pass, per token", ylabel="nats a byte, held out", xscale="log")
+    axes[1].set(xlabel="ms per generated token")
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"equal training FLOPs: {rows[0]['training_flops']:.1e} each", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    """Show what a router chooses and what it saves; or train plain and routed models with equal FLOPs."""
+    p = argparse.ArgumentParser(prog="mod.py", description=main.__doc__)
+    p.add_argument("--isoflop", action="store_true", help="loss at equal training FLOPs, over sizes and capacities")
+    p.add_argument("--minutes", type=float, default=10.0, help="for --isoflop, about (%(default)g)")
+    p.add_argument("--out", default="isoflop", help="folder for --isoflop: its results, to go on with (%(default)s)")
+    args = p.parse_args(argv)
+    if not 0 < args.minutes < math.inf:
+        print(f"mod.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
+        return 2
+    isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
