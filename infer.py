@@ -17,12 +17,16 @@ its bound.
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
 
+    drafts    tokens guessed ahead, checked several in one pass: the weights are read once for all of them. The noise is
+              keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
+
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama or Mistral; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
 import bisect
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -33,7 +37,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -157,12 +161,58 @@ class Int8(torch.nn.Module):
 
 
 def layers_in(model, layer):
-    """Replace a model's linear layers by `layer`s made of them."""
+    """Replace a model's linear layers by `layer`s made of them; those that steer, and are small, stay as they are."""
     model.requires_grad_(False)
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         for name, linear in list(module.named_children()):
-            if type(linear) is torch.nn.Linear:
+            steers = {"dt_proj", "router", "predictor"} & {*path.split("."), name}
+            if type(linear) is torch.nn.Linear and not steers:
                 setattr(module, name, layer(linear))
+
+
+class Summed(torch.nn.Module):
+    """A linear layer whose inputs are divided among processes: the outputs of all are added."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        y = self.linear(x)
+        torch.distributed.all_reduce(y)
+        return y
+
+
+@torch.no_grad()
+def divide(model, processes):
+    """Tensor parallelism: each process keeps its heads and its share of the MLP's width, so that a layer's weights are
+    read by all at once, each its part; two sums a layer over the processes put them together. UserError where they do
+    not come out even.
+    """
+    c, n, rank = model.config, processes.size, processes.rank
+    if set(c.layers) != {"a"}:
+        raise UserError(f"several processes divide the heads of attention layers; this model's layers are {c.layers}")
+    for name, count in (("attention heads", c.heads), ("key and value heads", c.kv_heads), ("MLP channels", c.hidden)):
+        if count % n:
+            raise UserError(f"{n} processes can't divide {count} {name} evenly")
+    mine = lambda w, dim=0: w.detach().chunk(n, dim)[rank].clone()
+
+    def rows(linear, sizes):                                                 # this process's outputs of each fused part
+        for name, w in list(linear.named_parameters()):
+            setattr(linear, name, torch.nn.Parameter(torch.cat([mine(part) for part in w.split(sizes)])))
+        linear.out_features = len(linear.weight)
+
+    def columns(linear):                                                     # its inputs; one adds the bias
+        linear.weight = torch.nn.Parameter(mine(linear.weight, 1))
+        linear.in_features = linear.weight.shape[1]
+        linear.bias = None if rank else linear.bias
+        return Summed(linear)
+    for block in model.blocks:
+        a, mlp = block.attention, block.mlp
+        rows(a.qkv, [a.H * a.D, a.G * a.D, a.G * a.D])
+        rows(mlp.gate_up, [c.hidden, c.hidden])
+        a.H, a.G, a.out, mlp.down = a.H // n, a.G // n, columns(a.out), columns(mlp.down)
+    model.config = replace(c, heads=c.heads // n, kv_heads=c.kv_heads // n, hidden=c.hidden // n)
 
 
 QUANTIZED = {"int8": Int8}                                                   # --quantize → the layer
@@ -171,40 +221,54 @@ QUANTIZED = {"int8": Int8}                                                   # -
 # --- 2. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
 
 class Block:
-    """`size` places for tokens. key: the hash of its tokens and of all before them, once they are computed."""
-    __slots__ = ("id", "refs", "key", "parent", "tokens", "home")
+    """`size` places for tokens. key: the hash of its tokens and of all before them, once they are computed; memory: the
+    states of recurrent layers after them, where they were kept.
+    """
+    __slots__ = ("id", "refs", "key", "parent", "tokens", "home", "memory")
 
     def __init__(self, id):
         self.id, self.refs = id, 0
         self.forget()
 
     def forget(self):
-        self.key = self.parent = self.tokens = self.home = None
+        self.key = self.parent = self.tokens = self.home = self.memory = None
 
 
 class Blocks:
     """The pool of blocks: who holds each, and the full ones by the hash of (parent, tokens). Accounting, no numbers.
 
     A block that no sequence holds keeps its tokens until its place is needed: those let go longest ago are taken first.
+    Of `memories` the `most` used last are kept.
     """
+    IDLE = 2 ** 16                                                           # known blocks kept where places never end
 
-    def __init__(self, total, size, caching=True):
+    def __init__(self, total, size, caching=True, most=0):
         self.total, self.size, self.caching, self.hits = total, size, caching, 0
-        self.idle = OrderedDict((id, Block(id)) for id in range(total))      # held by no one; the first is taken next
+        self.made, self.idle = 0, OrderedDict()                              # held by no one; the first is taken next
         self.known = {}                                                      # key → block
+        self.memories, self.most = OrderedDict(), most                       # key → block with a memory, latest last
 
     def __len__(self):
-        return len(self.idle)
+        return self.total - self.made + len(self.idle)
 
     def take(self, count):
         """→ a list of that many blocks, for one holder."""
-        taken = [self.idle.popitem(last=False)[1] for _ in range(count)]
+        taken = [self.next() for _ in range(count)]
         for block in taken:
             if block.key:
                 del self.known[block.key]
+                self.memories.pop(block.key, None)
                 block.forget()
             block.refs = 1
         return taken
+
+    def next(self):
+        """A block that holds nothing, if there is one; else the one that was let go longest ago."""
+        first = next(iter(self.idle.values()), None)
+        if self.made < self.total and (first is None or first.key and len(self.idle) < self.IDLE):
+            self.made += 1
+            return Block(self.made - 1)
+        return self.idle.popitem(last=False)[1]
 
     def hold(self, block):
         """One more holder of a known block."""
@@ -235,6 +299,18 @@ class Blocks:
         if self.caching and key not in self.known:
             block.key, block.parent, block.tokens, block.home = key, parent, tokens, home
             self.known[key] = block
+
+    def remember(self, key, memory):
+        """Keep the states after the block of that key."""
+        if block := self.known.get(key):
+            block.memory = memory
+            self.used(block)
+            while len(self.memories) > self.most:
+                self.memories.popitem(last=False)[1].memory = None
+
+    def used(self, block):
+        self.memories[block.key] = block
+        self.memories.move_to_end(block.key)
 
 
 def quantized(x):
@@ -271,6 +347,7 @@ class Slabs:
 
     A block that is found is copied once, from the slab it was computed in, which lives as long as the block is known.
     """
+    recurrent = False
 
     def __init__(self, model, blocks, int8):
         c, weight = model.config, model.embed.weight
@@ -291,6 +368,9 @@ class Slabs:
 
     def home(self, r):
         return r.slab
+
+    def cut(self, r, count):
+        """Go back to a request's first `count` tokens: what lies behind them is written over."""
 
     def states(self, segments):
         """segments: (request, start, stop), the tokens that a pass computes, in a row → a state for each layer."""
@@ -426,6 +506,7 @@ class Pages:
     data: [pages, size, G, D] for the keys and the values of each layer. One page more than there are blocks takes what
     the padding of a compiled step writes.
     """
+    recurrent = False
 
     def __init__(self, model, blocks, int8):
         c, weight = model.config, model.embed.weight
@@ -439,6 +520,7 @@ class Pages:
         pass
 
     close = home = open
+    cut = Slabs.cut
 
     def places(self, segments, rows=0, width=0):
         """→ int64 slots [N] for the tokens, tables [rows, width], lengths [rows], padded to at least these sizes."""
@@ -536,6 +618,158 @@ class PageState:
         return y.transpose(0, 1)[None]
 
 
+class Mixed(Slabs):
+    """Caches of stacks that are not attention alone. Each attention layer has its part of a sequence's slab; a routed one
+    keeps there only the tokens it took, and the slab says which (`kept`, positions in order). Each recurrent layer has a
+    row of states for each sequence, in tensors that grow with the rows in use.
+
+    A state is of all tokens so far and can't be cut back: it is kept (`memory`) where the scheduler asks for it.
+    """
+
+    def __init__(self, model, blocks, int8):
+        c, weight = model.config, model.embed.weight
+        self.size, self.kinds, self.stores, self.free, routed, layers = blocks.size, [], [], [], 0, 0
+        for letter, block in zip(c.layers, model.blocks):
+            if letter in "aA":
+                self.kinds.append((2 * layers, routed if letter == "A" else None))           # where in the slab, in `kept`
+                layers, routed = layers + 1, routed + (letter == "A")
+            else:
+                self.kinds.append((len(self.stores), letter.isupper()))
+                state = train.parts(block)[1].new_state(0)
+                self.stores.append([state.conv.to(weight.dtype), state.state])
+        self.layers, self.recurrent, self.routed = c.layers, bool(self.stores), routed
+        self.attends = layers > 0
+        self.new = lambda capacity: Slab((2 * layers, 1, c.kv_heads, capacity, c.head_dim), weight.dtype, weight.device,
+                                         int8)
+
+    def state_bytes(self):
+        """Of one sequence."""
+        return sum(part[0].numel() * part.element_size() if len(part) else math.prod(part.shape[1:]) * part.element_size()
+                   for store in self.stores for part in store)
+
+    def open(self, r):
+        r.slab = None
+        if self.attends:
+            r.slab = self.new(r.capacity)
+            r.slab.kept = [[] for _ in range(self.routed)]
+            found = r.table[:r.computed // self.size]
+            for source, run in itertools.groupby(range(len(found)), lambda i: found[i].home):
+                run = list(run)
+                self.copy(r.slab, source, run[0] * self.size, (run[-1] + 1) * self.size)
+        if self.recurrent:
+            if not self.free:
+                self.grow()
+            r.row = self.free.pop(0)
+            self.restore(r, r.table[r.computed // self.size - 1].memory if r.computed else None)
+
+    def grow(self):
+        rows = len(self.stores[0][0])
+        self.free = list(range(rows, max(1, 2 * rows)))
+        self.stores = [[torch.cat([part, part.new_zeros(len(self.free), *part.shape[1:])]) for part in store]
+                       for store in self.stores]
+
+    def close(self, r):
+        r.slab = None
+        if self.recurrent:
+            bisect.insort(self.free, r.row)
+
+    def copy(self, slab, source, start, stop):
+        """Tokens start … stop, from where they were computed; of a routed layer those that it took."""
+        for part, routed in (kind for letter, kind in zip(self.layers, self.kinds) if letter in "aA"):
+            i, j, at = start, stop, start
+            if routed is not None:
+                theirs, at = source.kept[routed], len(slab.kept[routed])
+                i, j = bisect.bisect_left(theirs, start), bisect.bisect_left(theirs, stop)
+                slab.kept[routed] += theirs[i:j]
+            for mine, other in ((slab.data, source.data), (slab.scale, source.scale)):
+                if mine is not None:
+                    mine[part:part + 2, :, :, at:at + j - i] = other[part:part + 2, :, :, i:j]
+
+    def memory(self, r):
+        """A copy of a sequence's states."""
+        return [[part[r.row].clone() for part in store] for store in self.stores]
+
+    def restore(self, r, memory):
+        """Its states as they were; None: as before the first token."""
+        for i, store in enumerate(self.stores):
+            for j, part in enumerate(store):
+                part[r.row] = memory[i][j] if memory else 0
+
+    def cut(self, r, count):
+        for kept in r.slab.kept if self.routed else ():
+            del kept[bisect.bisect_left(kept, count):]
+
+    def states(self, segments):
+        views = SlabViews(segments) if self.attends else None
+        counts = [stop - start for _, start, stop in segments]
+        rows = [r.row for r, _, _ in segments] if self.recurrent else None
+
+        def state(letter, at, routed):
+            if letter == "a":
+                return SlabState(views, at)
+            if letter == "A":
+                return RoutedSlabState(segments, at, routed)
+            return (RoutedRows if routed else RowsState)(self.stores[at], rows, counts)
+        return [state(letter, *kind) for letter, kind in zip(self.layers, self.kinds)]
+
+
+class RowsState:
+    """The state of one recurrent layer in a pass over many sequences: their rows of its tensors (`ssm.RecurrentState`)."""
+
+    def __init__(self, store, rows, counts):
+        first, device = rows[0], store[0].device
+        together = rows == list(range(first, first + len(rows)))
+        self.store, self.rows = store, slice(first, first + len(rows)) if together else torch.tensor(rows, device=device)
+        self.ones = all(count == 1 for count in counts)
+        self.cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+
+    @property
+    def conv(self):
+        return self.store[0][self.rows]
+
+    @property
+    def state(self):
+        return self.store[1][self.rows]
+
+    def update(self, conv, state):
+        self.store[0][self.rows], self.store[1][self.rows] = conv, state
+
+
+def chosen_counts(keep, counts):
+    """keep [1, N] bool, tokens of each segment → which segments have chosen ones, how many, and where in each."""
+    parts = np.split(keep[0].numpy(force=True), np.cumsum(counts)[:-1])
+    each = [np.flatnonzero(part) for part in parts]
+    return [(i, places) for i, places in enumerate(each) if len(places)]
+
+
+class RoutedRows:
+    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: no token).
+    """
+
+    def __init__(self, store, rows, counts):
+        self.store, self.rows, self.counts = store, rows, counts
+
+    def chosen(self, keep):
+        some = chosen_counts(keep, self.counts)
+        return RowsState(self.store, [self.rows[i] for i, _ in some], [len(p) for _, p in some]) if some else None
+
+
+class RoutedSlabState:
+    """The state of a routed attention layer: `chosen` notes the tokens that it takes and gives the state for those."""
+
+    def __init__(self, segments, part, routed):
+        self.segments, self.part, self.routed = segments, part, routed
+
+    def chosen(self, keep):
+        taken, counts = [], [stop - start for _, start, stop in self.segments]
+        for i, places in chosen_counts(keep, counts):
+            r, start, _ = self.segments[i]
+            kept = r.slab.kept[self.routed]
+            taken.append((r, len(kept), len(kept) + len(places)))
+            kept += (start + places).tolist()
+        return SlabState(SlabViews(taken), self.part) if taken else None
+
+
 # --- 3. Sampler -------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -556,6 +790,8 @@ class Sampling:
     logprobs: int | None = None                                              # so many of the likeliest, and the chosen
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    json_schema: dict | str | bool | None = None                             # the text is JSON of this schema,
+    regex: str | None = None                                                 # or all of it matches this
 
     def check(self, V):
         """ValueError names the argument that is out of range; V: how many tokens the model has."""
@@ -587,6 +823,10 @@ class Sampling:
             k = getattr(self, name)
             need(k is None or whole(k) and 0 <= k <= V, name, f"a whole number from 0 to {V}")
         need(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        need(self.json_schema is None or isinstance(self.json_schema, (dict, str, bool)), "json_schema",
+             "a JSON schema, as a dict or as text")
+        need(self.regex is None or isinstance(self.regex, str), "regex", "a regular expression, as text")
+        need(self.regex is None or self.json_schema is None, "regex", "alone: json_schema is given, too")
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         need(isinstance(self.stop, (list, tuple)) and all(isinstance(s, str) and s for s in self.stop),
              "stop", "a string or a list of strings, none empty")
@@ -862,7 +1102,197 @@ class Text:
         return piece
 
 
-# --- 5. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
+def pieces(segments, most):
+    """Cut (request, start, stop)s, in their order, into lists of up to `most` tokens."""
+    piece, room = [], most
+    for r, start, stop in segments:
+        while start < stop:
+            count = min(stop - start, room)
+            piece.append((r, start, start + count))
+            start, room = start + count, room - count
+            if not room:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
+
+
+PASS = 512                                                                   # tokens whose numbers a CPU's cache holds
+
+
+def hidden_states(model, cache, segments):
+    """One pass of a model over (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces.
+    """
+    device = model.embed.weight.device
+    if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > PASS:
+        return torch.cat([hidden_states(model, cache, piece) for piece in pieces(segments, PASS)])
+    rows = ((r.ids[start:stop] + r.drafts)[:stop - start] for r, start, stop in segments)
+    tokens = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
+    return model.hidden(tokens, positions, cache.states(segments))[0]
+
+
+# --- 5. Constraints: which tokens may come next -----------------------------------------------------------------------
+
+class Constraints:
+    """Texts that must match a regular expression or a JSON schema: llguidance says which tokens can go on.
+
+    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its parts,
+    and ends with its last bracket. Properties that the schema does not require may be left out.
+    """
+    JSON = dict(whitespace_pattern=r" ?|\n {0,32}", lenient=False)
+
+    def __init__(self, tokenizer, eos_ids, V):
+        import llguidance                                                    # not everybody's: loaded with the first use
+        special = set(tokenizer.special.values())
+
+        class Tokens:
+            """What the library asks of a tokenizer. A model without an end token gets one that it can't draw."""
+            tokens = [b"" if i in special else tokenizer.token_bytes(i) for i in range(V)] + ([] if eos_ids else [b""])
+            special_token_ids, bos_token_id, eos_token_id = sorted(special), None, min(eos_ids, default=V)
+
+            def __call__(self, text):
+                return tokenizer.encode(text)
+        self.library, self.V = llguidance, V
+        self.tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()), n_vocab=len(Tokens.tokens),
+                                             eos_token=sorted(eos_ids) or [V])
+
+    def matcher(self, sampling):
+        """What follows one text → a matcher. ValueError names the argument and what of it can't be."""
+        name, matcher = "json_schema" if sampling.regex is None else "regex", self.library.LLMatcher
+        try:
+            if name == "regex":
+                grammar = matcher.grammar_from_regex(sampling.regex)
+            else:
+                schema = sampling.json_schema
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                schema = schema if isinstance(schema, dict) else {"allOf": [schema]}                 # true, false
+                grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=self.JSON)
+            _, problems = matcher.validate_grammar_with_warnings(grammar, self.tokens)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems:
+            raise ValueError(f"{name}: {' '.join(problems[0].split())}")
+        return matcher(self.tokens, grammar, log_level=0)
+
+    def allow(self, logits, requests):
+        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay as they are.
+        """
+        rows = [i for i, r in enumerate(requests) if r.matcher]
+        if not rows:
+            return logits
+        bits = np.frombuffer(b"".join(requests[i].matcher.compute_bitmask() for i in rows), dtype=np.uint8)
+        allowed = np.unpackbits(bits.reshape(len(rows), -1), axis=1, count=self.V, bitorder="little").astype(bool)
+        allowed, logits = torch.from_numpy(allowed).to(logits.device), logits.clone()
+        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+        return logits
+
+
+# --- 6. Drafts: tokens guessed ahead, so that one pass over the weights checks several --------------------------------
+
+def accept_or_resample_numpy(p, q, drafts, rng):
+    """The classic rule of speculative decoding (arXiv 2211.17192, algorithm 1), for one text.
+
+    q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted with
+    probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and ends
+    the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
+    """
+    tokens = []
+    for i, x in enumerate(drafts):
+        if rng.random() >= p[i, x] / q[i, x]:
+            rest = np.maximum(p[i] - q[i], 0)
+            return tokens + [int(rng.choice(len(rest), p=rest / rest.sum()))]
+        tokens.append(int(x))
+    return tokens + [int(rng.choice(p.shape[1], p=p[len(drafts)]))]
+
+
+# The engine's rule needs no q. The target's own token at a position is argmax(logits + noise), and the noise depends on
+# (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it is
+# that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule accepts,
+# nearly, and the text is bit for bit the one without drafts.
+
+class NGram:
+    """Drafts from the text itself: what followed the last time that its latest 3 (else 2) tokens stood there."""
+    SIZES = (3, 2)
+
+    def __init__(self):
+        self.seen = {}                                                       # request → [tokens read, gram → its end]
+
+    def propose(self, requests, k):
+        """→ for each request a list of up to k tokens."""
+        return [self.lookup(r.ids, self.seen.setdefault(r, [0, {}]), k) for r in requests]
+
+    def lookup(self, ids, seen, k):
+        read, ends = seen
+        for end in range(max(read, 1), len(ids)):                            # the gram that ends the text is not one yet
+            for n in self.SIZES:
+                ends[tuple(ids[max(0, end - n):end])] = end
+        seen[0] = len(ids)
+        for n in self.SIZES:
+            if (end := ends.get(tuple(ids[-n:]))) and len(ids) >= n:
+                period = len(ids) - end                                      # past its end the text repeats itself
+                return [ids[end + i % period] for i in range(k)]
+        return []
+
+    def forget(self, r):
+        self.seen.pop(r, None)
+
+
+class Draft:
+    """A text as the draft model has it: the request's tokens, then its own guesses."""
+
+    def __init__(self, r):
+        self.sampling, self.seed, self.choice, self.capacity, self.tally = r.sampling, r.seed, r.choice, r.capacity, None
+        self.ids, self.drafts, self.computed, self.known, self.table, self.before = [], [], 0, 0, [], None
+
+
+class Drafter:
+    """Drafts from a smaller model, or the first layers of the target itself, with a cache of its own."""
+
+    def __init__(self, model, budget):
+        self.model, self.budget, self.texts = model, budget, {}
+        self.cache = (Slabs if set(model.config.layers) == {"a"} else Mixed)(model, Blocks(0, 1, False), int8=False)
+
+    def propose(self, requests, k):
+        """→ for each request a list of up to k tokens."""
+        drafts = []
+        for r in requests:
+            if r not in self.texts:
+                self.texts[r] = Draft(r)
+                self.cache.open(self.texts[r])
+            drafts.append(self.texts[r])
+            self.follow(self.texts[r], r.ids)
+        segments = [(d, d.computed, len(d.ids)) for d in drafts]
+        for i in range(k):
+            hidden = torch.cat([hidden_states(self.model, self.cache, piece) for piece in pieces(segments, self.budget)])
+            ends = torch.tensor(np.cumsum([stop - start for _, start, stop in segments]) - 1, device=hidden.device)
+            if not i and self.cache.recurrent:                               # a state can't be cut: kept before guesses
+                for d in drafts:
+                    d.before = self.cache.memory(d)
+            for d, token in zip(drafts, sample(self.model.head(hidden[ends]).float(), drafts)):
+                d.computed = len(d.ids)
+                d.ids.append(token)
+            segments = [(d, d.computed, d.computed + 1) for d in drafts]
+        return [d.ids[-k:] for d in drafts]
+
+    def follow(self, d, ids):
+        """Take over the request's tokens; go back to where those computed are its own."""
+        same = d.known
+        while same < min(len(d.ids), len(ids)) and d.ids[same] == ids[same]:
+            same += 1
+        if d.before:
+            same = d.known if d.known < len(ids) else 0                      # not one token more: begin anew
+            self.cache.restore(d, d.before if same else None)
+        d.computed = min(d.computed, same, len(ids) - 1)
+        self.cache.cut(d, d.computed)
+        d.ids, d.known = list(ids), len(ids)
+
+    def forget(self, r):
+        if r in self.texts:
+            self.cache.close(self.texts.pop(r))
+
+
+# --- 7. Engine: requests, the schedule, the passes, LLM ---------------------------------------------------------------
 
 class Request:
     """One text in the making: choice `choice` of a prompt, up to `limit` new tokens. What a caller reads of it: .text,
@@ -881,6 +1311,10 @@ class Request:
         # Of the schedule: blocks, keys of full ones, how many tokens are computed; whose block it waits for.
         self.table, self.keys, self.computed, self.arrival = [], [], 0, 0
         self.waits_for = self.cached_tokens = None
+        self.marks = set()                                                   # where its states are to be kept
+        self.matcher = None                                                  # what its text must match: see `Constraints`
+        self.drafts, self.before = [], None                                  # tokens guessed; states before them
+        self.worth, self.pause, self.rest = 1.0, 0, 8                        # of drafts: see `LLM.guess`
 
     @property
     def tokens(self):
@@ -909,9 +1343,10 @@ class Request:
         self.ids.append(token)
         if self.tally:
             self.tally.add(token)
-        if token in eos_ids and not self.sampling.ignore_eos:
+        matched = self.matcher and self.matcher.consume_token(token) and self.matcher.is_stopped()
+        if token in eos_ids and (self.matcher or not self.sampling.ignore_eos):
             self.finish_reason = "stop"
-        elif self.out.push(token):
+        elif self.out.push(token) or matched:
             self.finish_reason = "stop"
         elif len(self.ids) == self.capacity:
             self.finish_reason = "length"
@@ -947,12 +1382,14 @@ class Scheduler:
         segments, budget = [], self.budget
         for r in list(self.running):                                         # the next token of those that decode,
             if r.table and r.left == 1 and budget and self.grow(r):
-                segments.append((r, r.computed, r.computed + 1))
-                budget -= 1
-        for r in self.running:                                               # more of the prompts begun,
+                self.room(r, budget - 1)
+                segments.append((r, r.computed, r.computed + 1 + len(r.drafts)))
+                budget -= 1 + len(r.drafts)
+        prompts = []                                                         # more of those begun,
+        for r in self.running:
             if r.left > 1 and budget:
-                segments.append((r, r.computed, r.computed + min(r.left, budget)))
-                budget -= min(r.left, budget)
+                prompts.append((r, min(r.left, budget)))
+                budget -= prompts[-1][1]
         for r in list(self.waiting):                                         # and prompts that waited
             if not budget or len(self.running) == self.most:
                 break
@@ -963,9 +1400,14 @@ class Scheduler:
                 continue                                                     # that have it let those behind them pass
             if not self.admit(r, found):
                 break
-            segments.append((r, r.computed, r.computed + min(r.left, budget)))
-            budget -= min(r.left, budget)
-        return segments
+            prompts.append((r, min(r.left, budget)))
+            budget -= prompts[-1][1]
+        return segments + [self.piece(r, count) for r, count in prompts]
+
+    @staticmethod
+    def piece(r, count):
+        """A request's next `count` tokens, or those up to where its states are to be kept."""
+        return r, r.computed, min([r.computed + count] + [mark for mark in r.marks if mark > r.computed])
 
     def grow(self, r):
         """A block for the next token where it needs one → whether it is still running."""
@@ -980,6 +1422,13 @@ class Scheduler:
             if youngest is r:
                 return False
         return True
+
+    def room(self, r, budget):
+        """As many of a request's drafts as there is room for: nobody is set back for a guess."""
+        del r.drafts[max(0, budget):]
+        while len(self.blocks) and r.computed + 1 + len(r.drafts) > len(r.table) * self.blocks.size:
+            r.table += self.blocks.take(1)
+        del r.drafts[max(0, len(r.table) * self.blocks.size - r.computed - 1):]
 
     def key(self, r, i):
         """The key of a request's full block i, and what it is made of: (key, parent, tokens)."""
@@ -1001,7 +1450,26 @@ class Scheduler:
                 r.waits_for = key if key in self.filling else None
                 break
             found.append(block)
-        return found
+        return self.remembered(r, found) if self.cache.recurrent else found
+
+    def remembered(self, r, found):
+        """Of blocks that hold a request's first tokens, those up to the last whose states were kept. Where a beginning
+        that others have, too, parts from theirs, the states are kept by whoever gets there first; the others wait.
+        """
+        parting, r.waits_for, r.marks = len(found), None, set()
+        last = (len(r.ids) - 1) // self.blocks.size
+        while parting < last and self.key(r, parting)[0] in self.filling:
+            parting += 1
+        use = max((i + 1 for i, block in enumerate(found) if block.memory), default=0)
+        if parting > use:
+            key, mark = r.keys[parting - 1], parting * self.blocks.size
+            owner = self.filling.get(key)
+            if owner and owner.computed < mark:
+                owner.marks.add(mark)
+                r.waits_for = key
+            r.marks.add(mark)
+        r.marks.add(last * self.blocks.size)
+        return found[:use]
 
     def admit(self, r, found):
         """Give a waiting request its blocks and its memory → False where they are not there yet."""
@@ -1012,6 +1480,8 @@ class Scheduler:
             return False
         for block in found:
             blocks.hold(block)
+        if found and self.cache.recurrent:
+            blocks.used(found[-1])
         r.table, r.computed = found + blocks.take(need), len(found) * size
         blocks.hits += len(found)
         if r.cached_tokens is None:
@@ -1034,6 +1504,8 @@ class Scheduler:
                 self.blocks.register(r.table[i], key, parent, tokens, self.cache.home(r))
                 if self.filling.get(key) is r:
                     del self.filling[key]
+            if stop in r.marks and self.blocks.caching:
+                self.blocks.remember(r.keys[stop // size - 1], self.cache.memory(r))
 
     def leave(self, r):
         """A request stops running or waiting; its blocks and its memory are free at once."""
@@ -1046,22 +1518,7 @@ class Scheduler:
             for key in r.keys:
                 if self.filling.get(key) is r:
                     del self.filling[key]
-            r.computed = 0
-
-
-def pieces(segments, most):
-    """Cut (request, start, stop)s, in their order, into lists of up to `most` tokens."""
-    piece, room = [], most
-    for r, start, stop in segments:
-        while start < stop:
-            count = min(stop - start, room)
-            piece.append((r, start, start + count))
-            start, room = start + count, room - count
-            if not room:
-                yield piece
-                piece, room = [], most
-    if piece:
-        yield piece
+            r.computed, r.drafts = 0, []
 
 
 class Step(torch.nn.Module):
@@ -1087,6 +1544,9 @@ class LLM:
     max_num_seqs        sequences that run at once
     max_num_batched_tokens   tokens that one pass computes; a longer prompt is computed in chunks
     prefix_caching      prompts take over what earlier ones with the same beginning have computed
+    draft               what guesses tokens ahead: "ngram" (the text itself), "self" (the model's first layers), or the
+                        folder of a smaller model with the same tokens; the text stays the same
+    num_draft_tokens    tokens it guesses at most
     device, dtype       as in `train.load`
     compile             decode steps of fixed shape: on GPUs CUDA graphs, the default there; on a CPU compiled, for
                         max_num_seqs in step and not with int8 or prefix_caching: for benchmarks
@@ -1095,9 +1555,10 @@ class LLM:
     """
 
     def __init__(self, folder, device=None, dtype=None, quantize=None, kv_cache_dtype=None, block_size=16,
-                 num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, compile=None):
+                 num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, draft=None,
+                 num_draft_tokens=4, compile=None):
         for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
-                            ("max_num_batched_tokens", max_num_batched_tokens)):
+                            ("max_num_batched_tokens", max_num_batched_tokens), ("num_draft_tokens", num_draft_tokens)):
             if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1")
         if quantize not in (None, *QUANTIZED):
@@ -1105,30 +1566,59 @@ class LLM:
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
+        self.processes = train.Processes()                                   # torchrun's: each does its part of all
         self.model, self.tokenizer = load(folder, device, dtype)
+        if self.processes.size > 1:
+            divide(self.model, self.processes)
         c, weight = self.model.config, self.model.embed.weight
         self.quantize = quantize
         self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
         self.weight_bytes = self.weights * (1 if quantize else weight.element_size())
         layers_in(self.model, QUANTIZED[quantize]) if quantize else quicken(self.model)
         self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
+        self.endless = not set(c.layers) & {*"aA"}                           # states alone: texts of any length
+        self.room = math.inf if self.endless else c.context
         there = set(self.tokenizer.library.get_vocab(with_added_tokens=True).values())
         self.no_text = torch.tensor([i for i in range(c.vocab) if i not in there], device=weight.device)
-        self.token_bytes = 2 * len(self.model.blocks) * c.kv_heads * (
-            c.head_dim + 4 if int8 else c.head_dim * weight.element_size())
-        if num_blocks is None:
+        attends = c.layers.count("a") + c.layers.count("A") * c.capacity
+        self.token_bytes = round(2 * attends * c.kv_heads * (
+            c.head_dim + 4 if int8 else c.head_dim * weight.element_size()))
+        if self.endless:
+            num_blocks = num_blocks or 2 ** 40 // block_size
+        elif num_blocks is None:
             num_blocks = max(1, min(memory_of(weight.device) // (self.token_bytes * block_size),
                                     max_num_seqs * -(-self.context // block_size)))
+        (num_blocks,) = self.processes.agree(num_blocks)
         self.blocks = Blocks(num_blocks, block_size, prefix_caching)
-        gpu = weight.device.type == "cuda"
-        if compile is None:
-            compile = gpu
-        self.cache = (Pages(self.model, self.blocks, int8) if gpu else
+        gpu, mixed = weight.device.type == "cuda", set(c.layers) != {"a"}
+        compile = self.processes.size == 1 and (gpu if compile is None else compile)
+        self.cache = (Mixed(self.model, self.blocks, int8) if mixed else
+                      Pages(self.model, self.blocks, int8) if gpu else
                       Rows(self.model, self.blocks, max_num_seqs) if compile and not int8 and not prefix_caching else
                       Slabs(self.model, self.blocks, int8))
+        self.state_bytes = self.cache.state_bytes() if mixed else 0
+        if self.state_bytes:                                                 # states kept for prompts that begin alike
+            self.blocks.most = int(min(1024, max(4, memory_of(weight.device) // 4 // self.state_bytes)))
         self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → decode step
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
+        self.drafter, self.num_draft_tokens = draft and self.make_drafter(draft, max_num_batched_tokens), num_draft_tokens
+        self.draft_tokens, self.accepted_tokens, self.constraints = 0, 0, None
+        self.costs = {}                                                      # (rows, drafts or not) → seconds of a step
+
+    def make_drafter(self, draft, budget):
+        if draft == "ngram":
+            return NGram()
+        if draft == "self":
+            return Drafter(train.first_layers(self.model, max(1, len(self.model.blocks) // 4)), budget)
+        device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
+        try:
+            model, tokenizer = load(draft, str(device), dtype)
+        except UserError as error:
+            raise UserError(f"draft {draft}: {error}") from None
+        if tokenizer.library.get_vocab() != self.tokenizer.library.get_vocab():
+            raise ValueError(f"draft {draft}: its tokens are not those of {self.folder}")
+        return Drafter(quicken(model), budget)
 
     def requests(self, prompt, sampling, index=0):
         """A prompt (text or token ids) and its settings, checked → n requests. ValueError names what does not fit."""
@@ -1144,15 +1634,24 @@ class LLM:
             if bad := [i for i in ids if not 0 <= i < V]:
                 raise ValueError(f"token {bad[0]} of the prompt is outside 0 … {V - 1}")
             new, pool = sampling.max_tokens or 1, self.blocks.total * self.blocks.size
-            for room, where in ((self.context, f"the context of {self.context}"),
+            for room, where in ((self.room, f"the context of {self.context}"),
                                 (pool, f"the cache of {self.blocks.total} blocks of {self.blocks.size}")):
                 if len(ids) + new > room:
                     raise ValueError(f"the prompt ({len(ids)} tokens) and max_tokens ({new}) exceed {where}")
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        limit = sampling.max_tokens or min(self.context - len(ids), pool - len(ids), 128)
-        return [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        (seed,) = (sampling.seed,) if sampling.seed is not None else self.processes.agree(secrets.randbits(63))
+        limit = sampling.max_tokens or min(self.room - len(ids), pool - len(ids), 128)
+        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        if sampling.regex is not None or sampling.json_schema is not None:
+            self.constraints = self.constraints or Constraints(self.tokenizer, self.eos_ids, V)
+            try:
+                matcher = self.constraints.matcher(sampling)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+            for r in requests:
+                r.matcher = matcher.deep_copy()
+        return requests
 
     def add(self, prompt, **sampling):
         """Take in a prompt → its n requests, which the next steps work on. ValueError as in `generate`."""
@@ -1166,26 +1665,100 @@ class LLM:
         if request.finish_reason is None:
             self.scheduler.leave(request)
             request.finish_reason = "abort"
+            if self.drafter:
+                self.drafter.forget(request)
 
     @torch.no_grad()
     def step(self):
         """One pass over the weights → the requests that got a token or ended with it."""
+        began = time.perf_counter()
+        if self.drafter:
+            self.guess()
         segments = self.scheduler.plan()
         if not segments:
             return []
-        ready = [r for r, _, stop in segments if stop == len(r.ids)]         # only a computed last token has a next one
+        if self.cache.recurrent:
+            for r, _, _ in segments:
+                r.before = self.cache.memory(r) if r.drafts else None
+        ready = [r for r, _, stop in segments if stop >= len(r.ids)]         # only a computed last token has a next one
         logits = self.forward(segments)
-        self.scheduler.advance(segments)
-        if ready:
-            self.draw(logits, ready)
+        computed = self.draw_checked(logits, ready) if ready else {}
+        for r, start, stop in segments:
+            if r.drafts and computed[r] < stop:                              # back to the last token that is the text's
+                self.cache.cut(r, computed[r])
+                if r.before:
+                    self.cache.restore(r, r.before)
+                    computed[r] = start
+        self.scheduler.advance([(r, start, computed.get(r, stop)) for r, start, stop in segments])
+        if self.drafter:
+            self.learn(segments, *self.processes.agree(time.perf_counter() - began))
         for r in ready:
+            r.drafts, r.before = [], None
             if r.finish_reason:
                 self.scheduler.leave(r)
+                if self.drafter:
+                    self.drafter.forget(r)
         return ready
 
+    def guess(self):
+        """Drafts for the requests that decode, but for those whose drafts have not been worth their time lately."""
+        some, running = [], self.scheduler.running
+        for r in running:
+            r.drafts = []
+        if (len(running), False) not in self.costs:                          # what a step takes without
+            return
+        for r in running:
+            if r.table and r.left == 1:
+                r.pause -= r.pause > 0
+                some += [r] if not r.pause and len(r.ids) < r.capacity - 1 else []
+        most = lambda r: min(self.num_draft_tokens, r.capacity - len(r.ids) - 1)
+        if some:
+            (proposed,) = self.processes.agree(self.drafter.propose(some, self.num_draft_tokens))
+            for r, drafts in zip(some, proposed):
+                r.drafts = drafts[:most(r)]
+
+    def learn(self, segments, seconds):
+        """Whether drafts pay. A step that checks drafts must bring as many more tokens as it takes more time."""
+        if any(stop - start > 1 + len(r.drafts) for r, start, stop in segments):
+            return                                                           # prompts among them: another kind of step
+        drafted = [r for r, _, _ in segments if r.drafts]
+        key = len(segments), bool(drafted)
+        self.costs[key] = min(seconds, self.costs.get(key, seconds) * 1.02)
+        plain = self.costs.get((len(segments), False), 0.0)
+        extra = self.costs[key] / plain - 1 if plain else 0.0
+        for r in drafted:
+            r.worth += 0.25 * (r.gained - r.worth)
+            if r.worth < extra:
+                r.pause, r.rest, r.worth = r.rest, min(2 * r.rest, 256), extra + 0.5
+            elif r.worth > 2 * extra:
+                r.rest = 8
+
+    def draw_checked(self, logits, ready):
+        """Draw the next token of each request, and go on while it is the one that was guessed → {request: tokens that are
+        computed, of its text}. logits: 1 + len(r.drafts) rows for each.
+        """
+        first = np.cumsum([0] + [1 + len(r.drafts) for r in ready])
+        length, going = {r: len(r.ids) for r in ready}, list(zip(ready, first))
+        for r in ready:
+            r.gained = 0
+        for i in range(1 + max(len(r.drafts) for r in ready)):
+            rows = [at + i for _, at in going]
+            whole = i == 0 and len(rows) == len(logits)
+            self.draw(logits if whole else logits[torch.tensor(rows, device=logits.device)], [r for r, _ in going])
+            going = [(r, at) for r, at in going if not r.finish_reason and i < len(r.drafts) and r.ids[-1] == r.drafts[i]]
+            for r, _ in going:
+                r.gained = i + 1
+            if not going:
+                break
+        self.draft_tokens += sum(len(r.drafts) for r in ready)
+        self.accepted_tokens += sum(r.gained for r in ready)
+        return {r: length[r] + r.gained for r in ready if r.drafts}
+
     def forward(self, segments):
-        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens."""
-        decode = all(stop == len(r.ids) and r.left == 1 for r, _, stop in segments)
+        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens, and after
+        each of its drafts.
+        """
+        decode = all(stop == len(r.ids) and r.left == 1 and not r.drafts for r, _, stop in segments)
         if self.graphs is not None and decode and (shape := self.cache.shape(segments)):
             return self.compiled(segments, shape)
         hidden = self.hidden(segments)
@@ -1195,19 +1768,13 @@ class LLM:
                 self.score_prompt(r, hidden[begin:begin + stop - start], start)
             begin += stop - start
         ends = np.cumsum([stop - start for _, start, stop in segments]) - 1
-        rows = [end for end, (r, _, stop) in zip(ends, segments) if stop == len(r.ids)]
+        rows = [row for end, (r, _, stop) in zip(ends, segments) if stop >= len(r.ids)
+                for row in range(end - len(r.drafts), end + 1)]
         return self.model.head(hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]).float()
 
-    PASS = 512                                                               # tokens whose numbers a CPU's cache holds
-
     def hidden(self, segments):
-        """Compute (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces."""
-        device = self.model.embed.weight.device
-        if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > self.PASS:
-            return torch.cat([self.hidden(piece) for piece in pieces(segments, self.PASS)])
-        tokens = torch.tensor([[token for r, start, stop in segments for token in r.ids[start:stop]]], device=device)
-        positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
-        return self.model.hidden(tokens, positions, self.cache.states(segments))[0]
+        """Compute (request, start, stop)s, all in one row → what the head reads [N, C]."""
+        return hidden_states(self.model, self.cache, segments)
 
     def read(self, ids):
         """A text's tokens, computed in chunks through a cache of its own → what the head reads after each [T, C]."""
@@ -1278,7 +1845,8 @@ class LLM:
             likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
-        tokens = sample(logits, requests)
+        (tokens,) = self.processes.agree(sample(self.constraints.allow(logits, requests) if self.constraints else logits,
+                                                requests))
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
@@ -1340,14 +1908,16 @@ class LLM:
     def stats(self):
         """Counts since the start, and what runs and is free now → dict. Known blocks that no request holds are free."""
         s = self.scheduler
-        return dict(draft_tokens=0, accepted_tokens=0, preemptions=s.preemptions, prefix_hits=self.blocks.hits,
+        return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens, preemptions=s.preemptions, prefix_hits=self.blocks.hits,
                     running=len(s.running), waiting=len(s.waiting),
                     free_blocks=len(self.blocks), total_blocks=self.blocks.total)
 
 
 def bound(llm, machine, batch, context):
-    """Decode tokens/s that memory allows: each step reads all weights that multiply, and each row's keys and values."""
-    return batch * machine.bandwidth / (llm.weight_bytes + batch * context * llm.token_bytes)
+    """Decode tokens/s that memory allows: each step reads all weights that multiply, each row's keys and values, and its
+    states, which it also writes.
+    """
+    return batch * machine.bandwidth / (llm.weight_bytes + batch * (context * llm.token_bytes + 2 * llm.state_bytes))
 
 
 # --- 6. Chat templates and scores -------------------------------------------------------------------------------------
@@ -1481,7 +2051,7 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
     bound: the larger of two times, that of all products at the machine's matmul peak (`product_rate`), and that of
     reading the weights once for each token of the longest text and the cache once for each new token.
     """
-    rng, shrink = np.random.default_rng(0), min(1.0, llm.context / (prompt_tokens[1] + new_tokens[1]))
+    rng, shrink = np.random.default_rng(0), min(1.0, llm.room / (prompt_tokens[1] + new_tokens[1]))
     draw = lambda low, high: int(rng.integers(max(1, int(low * shrink)), max(1, int(high * shrink)) + 1))
     for _ in llm.run([random_request(llm, rng, 8, 2)]):                      # warms up
         pass
@@ -1533,6 +2103,8 @@ def arguments():
     p.add_argument("--stop", action="append", help="end before this text; may be given several times")
     p.add_argument("--n", type=int, default=1, help="that many continuations")
     p.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    p.add_argument("--json-schema", metavar="JSON", help="the text is JSON of this schema")
+    p.add_argument("--regex", help="all of the text matches this regular expression")
     p.add_argument("--logprobs", type=int, metavar="K", help="log probabilities of each token and the K likeliest")
     p.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
@@ -1547,6 +2119,9 @@ def arguments():
                    help="tokens a pass; longer prompts go in chunks (%(default)s)")
     p.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
                    help="take over what an earlier prompt with the same beginning has computed")
+    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays the "
+                   "same: ngram (the text itself), self (the first layers), or a smaller model's folder")
+    p.add_argument("--num-draft-tokens", type=positive(int), default=4, help="guessed at most (%(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
@@ -1601,6 +2176,8 @@ def complete(llm, machine, prompt, sampling, as_json):
         limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
         line += (f" · generated {generated} at {speed['decode']:,.0f}/s, "
                  f"{speed['decode'] / limit:.0%} of what the memory allows")
+    if llm.draft_tokens:
+        line += f" · {llm.accepted_tokens} of {llm.draft_tokens} drafts were right"
     print(line, file=sys.stderr)
     return requests
 
@@ -1644,8 +2221,13 @@ def once(make):
 
 
 def main(argv=None):
-    """Generate, score or time by command-line flags → exit code."""
+    """Generate, score or time by command-line flags → exit code. Of several processes the first one speaks for all."""
+    quiet = contextlib.ExitStack()
     try:
+        if int(os.environ.get("RANK", 0)):
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
         if sum([bool(args.score), args.bench, args.bench_serving, args.prompt is not None]) > 1:
@@ -1653,7 +2235,7 @@ def main(argv=None):
         text = train.read_text(args.score) if args.score else None
         options = {k: getattr(args, k) for k in ("device", "dtype", "quantize", "kv_cache_dtype", "block_size",
                                                  "num_blocks", "max_num_seqs", "max_num_batched_tokens",
-                                                 "prefix_caching", "compile")}
+                                                 "prefix_caching", "draft", "num_draft_tokens", "compile")}
         if args.bench:                                                       # all of the batch in step
             room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
             options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
@@ -1668,7 +2250,7 @@ def main(argv=None):
                  f"{result['bits_per_byte']:.4f} bits per byte, {result['nats_per_token']:.4f} nats per token, "
                  f"over {result['tokens']:,} tokens ({result['bytes']:,} bytes)", end="\n")
         elif args.bench:
-            if args.prompt_tokens + args.new_tokens > llm.context:
+            if args.prompt_tokens + args.new_tokens > llm.room:
                 raise UserError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} "
                                 f"exceed the context of {llm.context}")
             r = bench(llm, machine(), args.batch, args.prompt_tokens, args.new_tokens)
@@ -1686,10 +2268,12 @@ def main(argv=None):
                  f"between tokens {1000 * r['between_tokens_seconds_median']:.0f} ms "
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
-        elif args.prompt is None and sys.stdin.isatty():
+        elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)
         else:
-            prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+            prompt = args.prompt
+            if prompt is None:
+                (prompt,) = llm.processes.agree(None if llm.processes.rank else sys.stdin.read())
             complete(llm, machine, prompt, sampling, args.json)
         return 0
     except (UserError, ValueError) as error:
@@ -1698,7 +2282,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    finally:
+        quiet.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train.leave(main())

@@ -38,7 +38,7 @@ import sysconfig
 import tempfile
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,8 @@ except ImportError:                                                          # W
 
 from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, attention, linear_cross_entropy
 from flash import flash_attention
+from mod import MixtureOfDepths, RoutedState, agreement
+from ssm import GatedDelta, Mamba, Mamba2, MixerBlock
 
 
 class UserError(ValueError):
@@ -594,7 +596,7 @@ def compressors(text):
 class Config:
     """What `Model` is built from; `raw` is the config.json it was read from, and is written back."""
     model_type: str
-    layers: str                                                              # a letter a block: a = attention + MLP
+    layers: str                                                              # a letter a block: see KNOWN
     dim: int
     heads: int
     kv_heads: int
@@ -611,8 +613,50 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    mixers: dict = field(default_factory=dict)                               # letter → what its layer is built with
+    capacity: float = 0.125                                                  # of routed blocks, those of capital letters
+    routing: str = "topk"
     eos_ids: list = field(default_factory=list)
     raw: dict = field(default_factory=dict)
+
+
+KNOWN = dict(a="attention + MLP", s="Mamba-2", m="Mamba", d="gated delta rule + MLP")        # capitals: routed
+
+
+def our_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, capacity=0.125, routing="topk"):
+    """The config.json of a model of ours → dict: a Qwen3 where all blocks are a, a Mamba-2 where all are s, else a
+    "twin", which says its layers and what they are built with.
+    """
+    if set(layers) == {"s"}:
+        return mamba2_config(layers, dim, vocab, context, eos_ids)
+    raw = qwen3_config(layers, dim, heads, kv_heads, vocab, context, eos_ids)
+    if set(layers) != {"a"}:
+        raw.update(architectures=["TwinForCausalLM"], model_type="twin")
+        kinds = set(layers.lower())
+        raw.update({key: value for letter, key, value in (
+            ("s", "mamba2", mamba2_sizes(dim)), ("m", "mamba", dict(expand=2, state_size=16, conv_kernel=4)),
+            ("d", "gated_delta", dict(num_heads=heads, head_k_dim=dim // heads, head_v_dim=dim // heads, conv_kernel=4)))
+            if letter in kinds})
+        if layers != layers.lower():
+            raw.update(capacity=capacity, routing=routing)
+    return raw
+
+
+def mamba2_sizes(dim):
+    """A Mamba-2 layer of ours: twice as wide inside, heads of 64 channels (fewer where they do not divide), one group."""
+    head_dim = math.gcd(2 * dim, 64)
+    return dict(num_heads=2 * dim // head_dim, head_dim=head_dim, state_size=64, n_groups=1, conv_kernel=4)
+
+
+def mamba2_config(layers, dim, vocab, context, eos_ids):
+    """The config.json of an all-s model of ours, a Mamba-2 → dict."""
+    return dict(
+        architectures=["Mamba2ForCausalLM"], model_type="mamba2", layers=layers, hidden_size=dim, expand=2,
+        num_hidden_layers=len(layers), vocab_size=vocab, max_position_embeddings=context, **mamba2_sizes(dim),
+        use_bias=False, use_conv_bias=True, hidden_act="silu", layer_norm_epsilon=1e-6, residual_in_fp32=False,
+        chunk_size=64, tie_word_embeddings=False,
+        bos_token_id=None, pad_token_id=None, eos_token_id=eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
+        dtype="float32", torch_dtype="float32")
 
 
 def qwen3_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, rope_theta=10000.0, tied=False):
@@ -633,17 +677,21 @@ KINDS = {   # model_type: what its config.json may leave out (None: the number o
     "qwen2": dict(kv_heads=32, head_dim="quotient", windowed=True, qk_norm=False),
     "llama": dict(kv_heads=None, head_dim="quotient", windowed=False, qk_norm=False),
     "mistral": dict(kv_heads=8, head_dim="quotient", windowed=False, qk_norm=False),
+    "twin": dict(kv_heads=None, head_dim="quotient", windowed=False, qk_norm=True),
 }
 
 
 def parse_config(raw, generation=None):
-    """config.json (and generation_config.json) of a Qwen3, Qwen2, Llama or Mistral folder, any dialect → Config.
+    """config.json (and generation_config.json) of a Qwen3, Qwen2, Llama, Mistral or Mamba-2 folder, any dialect, or of
+    a mixed stack of ours → Config.
 
     UserError names what is not supported: nothing is loaded that would compute something else.
     """
     kind = raw.get("model_type")
+    if kind == "mamba2":
+        return parse_mamba2(raw, generation)
     if kind not in KINDS:
-        raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
+        raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(KINDS)}, mamba2")
     defaults, missing = KINDS[kind], [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers",
                                                   "intermediate_size", "vocab_size") if not isinstance(raw.get(k), int)]
     if missing:
@@ -664,8 +712,9 @@ def parse_config(raw, generation=None):
     if head_dim % 2:
         refuse("head_dim", "rotary needs an even head size")
     layers = raw.get("layers", "a" * n)
-    if len(layers) != n or set(layers) - {"a"}:
-        refuse("layers", f"{n} blocks of kind 'a' are known")
+    kinds = KNOWN if kind == "twin" else "a"
+    if not isinstance(layers, str) or len(layers) != n or set(layers.lower() if kind == "twin" else layers) - set(kinds):
+        refuse("layers", f"{n} blocks of kind {' '.join(kinds)} are known")
 
     window = raw.get("sliding_window", 4096 if defaults["windowed"] or kind == "mistral" else None)
     if kind == "llama" or defaults["windowed"] and not raw.get("use_sliding_window", False):
@@ -676,16 +725,68 @@ def parse_config(raw, generation=None):
         refuse("layer_types", f"one of full_attention and sliding_attention for each of the {n} layers")
     inv_freq, factor = parse_rope(raw, head_dim)
     bias = bool(raw.get("attention_bias", raw.get("bias", False))) and kind in ("llama", "qwen3")
-    ids = [(source or {}).get("eos_token_id") for source in (raw, generation)]
-    eos_ids = sorted({i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])})
     return Config(
         model_type=kind, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         hidden=raw["intermediate_size"], vocab=raw["vocab_size"], context=raw.get("max_position_embeddings", 2048),
         windows=[window if t == "sliding_attention" else None for t in types], inv_freq=inv_freq, rotary_factor=factor,
         eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=defaults["qk_norm"], qkv_bias=bias or kind == "qwen2", out_bias=bias,
-        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
-        eos_ids=eos_ids, raw=raw)
+        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), mixers=parse_mixers(raw, layers, dim),
+        capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation), raw=raw)
+
+
+def end_ids(raw, generation):
+    """The ids that end a text, of both files → sorted list."""
+    ids = [(source or {}).get("eos_token_id") for source in (raw, generation)]
+    return sorted({i for x in ids if x is not None for i in (x if isinstance(x, list) else [x])})
+
+
+def parse_mixers(raw, layers, dim):
+    """What the recurrent layers of a mixed stack are built with → {letter: arguments}."""
+    def sizes(letter, key, **names):
+        if letter not in layers.lower():
+            return {}
+        given = raw.get(key)
+        if not isinstance(given, dict) or set(given) != set(names) or not all(
+                isinstance(v, int) and v > 0 for v in given.values()):
+            raise UserError(f"config.json: {key} must say {', '.join(names)}, whole numbers from 1: "
+                            f"layers {layers!r} need it")
+        return {letter: {names[name]: value for name, value in given.items()}}
+    mixers = (sizes("s", "mamba2", num_heads="H", head_dim="P", state_size="N", n_groups="G", conv_kernel="K")
+              | sizes("m", "mamba", expand="E", state_size="N", conv_kernel="K")
+              | sizes("d", "gated_delta", num_heads="H", head_k_dim="K_dim", head_v_dim="V_dim", conv_kernel="K"))
+    if "m" in mixers:
+        mixers["m"]["E"] *= dim
+    return mixers
+
+
+def parse_mamba2(raw, generation):
+    """config.json of a Mamba-2 folder → Config; what it leaves out is as transformers has it."""
+    c = dict(num_heads=128, head_dim=64, vocab_size=32768, hidden_size=4096, state_size=128, num_hidden_layers=64,
+             layer_norm_epsilon=1e-5, expand=2, conv_kernel=4, n_groups=8, use_bias=False, use_conv_bias=True,
+             hidden_act="silu", time_step_limit=(0.0, math.inf)) | raw
+
+    def refuse(key, why):
+        raise UserError(f"config.json: {key} = {json.dumps(c[key])} is not supported: {why}")
+    n, layers = c["num_hidden_layers"], raw.get("layers", "s" * c["num_hidden_layers"])
+    if layers != "s" * n:
+        refuse("layers", f"{n} blocks of kind s make a mamba2")
+    if c["hidden_act"] not in ("silu", "swish"):
+        refuse("hidden_act", "only silu")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "only folders of plain weights")
+    if c["num_heads"] * c["head_dim"] != c["expand"] * c["hidden_size"]:
+        refuse("num_heads", "times head_dim it must be expand times hidden_size")
+    if c["num_heads"] % c["n_groups"]:
+        refuse("n_groups", f"it must divide the {c['num_heads']} heads")
+    mixer = dict(H=c["num_heads"], P=c["head_dim"], N=c["state_size"], G=c["n_groups"], K=c["conv_kernel"],
+                 bias=c["use_bias"], conv_bias=c["use_conv_bias"], eps=c["layer_norm_epsilon"],
+                 dt_limit=tuple(map(float, c["time_step_limit"])))
+    return Config(
+        model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0, hidden=0,
+        vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
+        inv_freq=torch.zeros(0), eps=c["layer_norm_epsilon"], tied=bool(raw.get("tie_word_embeddings", False)),
+        mixers=dict(s=mixer), eos_ids=end_ids(raw, generation), raw=raw)
 
 
 def parse_rope(raw, D):
@@ -747,6 +848,25 @@ def run_block(block, x, positions, state=None):
     return block(x, positions, state)
 
 
+def make_block(c, letter, window, rotary):
+    """One block of a stack by its letter; a capital routes it."""
+    if letter.isupper():
+        return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.dim, c.capacity, c.routing)
+    if letter == "a":
+        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps,
+                          attend)
+    else:
+        mixer = dict(s=Mamba2, m=Mamba, d=GatedDelta)[letter](c.dim, **c.mixers[letter])
+    return Block(mixer, MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) if letter in "ad" else MixerBlock(mixer, c.dim,
+                                                                                                          c.eps)
+
+
+def parts(block):
+    """A block without its routing, and its mixer: attention or a recurrent layer."""
+    block = block.block if isinstance(block, MixtureOfDepths) else block
+    return block, block.mixer if isinstance(block, MixerBlock) else block.attention
+
+
 class Model(nn.Module):
     """tokens [B, T] → logits [B, T, V]: an embedding, blocks, a norm, a head. `states`: one a block (`new_states`)."""
 
@@ -755,10 +875,7 @@ class Model(nn.Module):
         c = self.config = config
         rotary = Rotary(c.inv_freq, c.rotary_factor)
         self.embed = nn.Embedding(c.vocab, c.dim)
-        self.blocks = nn.ModuleList(
-            Block(Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary,
-                            c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps, attend),
-                  MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) for window in c.windows)
+        self.blocks = nn.ModuleList(make_block(c, letter, window, rotary) for letter, window in zip(c.layers, c.windows))
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
         self.recompute = False                                               # of a block, keep its input alone
@@ -774,9 +891,10 @@ class Model(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         learns = torch.is_grad_enabled() and states is None
         call = self.compiled if self.compiled and learns else run_block
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            x = (checkpoint(call, block, x, positions, use_reentrant=False) if self.recompute and learns
-                 else call(block, x, positions, state))
+        for letter, block, state in zip(self.config.layers, self.blocks, states or [None] * len(self.blocks)):
+            step = call if letter == "a" else run_block                      # the others have loops that are no graphs
+            x = (checkpoint(step, block, x, positions, use_reentrant=False) if self.recompute and learns
+                 else step(block, x, positions, state))
         return self.norm(x)
 
     def forward(self, tokens, positions=None, states=None):
@@ -784,18 +902,27 @@ class Model(nn.Module):
 
     def new_states(self, B, capacity):
         """Empty states for B sequences of up to `capacity` tokens → a list, one a block."""
-        c, w = self.config, self.embed.weight
-        return [KVCache(B, c.kv_heads, capacity, c.head_dim, w.dtype, w.device) for _ in self.blocks]
+        def new(block, B):
+            mixer, w = parts(block)[1], self.embed.weight
+            return (KVCache(B, mixer.G, capacity, mixer.D, w.dtype, w.device) if isinstance(mixer, Attention)
+                    else mixer.new_state(B))
+        return [RoutedState([new(block, 1) for _ in range(B)]) if isinstance(block, MixtureOfDepths) else new(block, B)
+                for block in self.blocks]
 
     def matrices(self):
         """The hidden matrices, as (parameter, first row, last row): fused ones in the parts that mean something."""
         for block in self.blocks:
-            a = block.attention
-            H, G = a.H * a.D, a.G * a.D
-            yield from ((a.qkv.weight, i, j) for i, j in ((0, H), (H, H + G), (H + G, H + 2 * G)))
-            half = block.mlp.down.weight.shape[1]
-            yield from ((block.mlp.gate_up.weight, i, j) for i, j in ((0, half), (half, 2 * half)))
-            yield from ((w, 0, len(w)) for w in (a.out.weight, block.mlp.down.weight))
+            block, a = parts(block)
+            if isinstance(a, Attention):
+                H, G = a.H * a.D, a.G * a.D
+                yield from ((a.qkv.weight, i, j) for i, j in ((0, H), (H, H + G), (H + G, H + 2 * G)))
+                yield a.out.weight, 0, len(a.out.weight)
+            else:
+                yield from a.matrices()
+            if isinstance(block, Block):
+                half, down = block.mlp.down.weight.shape[1], block.mlp.down.weight
+                yield from ((block.mlp.gate_up.weight, i, j) for i, j in ((0, half), (half, 2 * half)))
+                yield down, 0, len(down)
 
     def initialize(self, seed):
         """Random weights: outputs of blocks and head start at zero, so the first step sees a clean gradient."""
@@ -806,36 +933,71 @@ class Model(nn.Module):
                     w.fill_(0.0 if name.endswith("bias") else 1.2 if name.endswith(("q_norm", "k_norm")) else 1.0)
                 elif name == "embed.weight":
                     w.copy_(torch.randn(w.shape, generator=generator) * EMBED_STD)
-                elif name.endswith(("qkv.weight", "gate_up.weight")):
+                elif name.endswith(("qkv.weight", "gate_up.weight", "in_proj.weight", "x_proj.weight")):
                     w.copy_((torch.rand(w.shape, generator=generator) * 2 - 1) * (INIT_SCALE * (3 / w.shape[1]) ** 0.5))
                 else:
                     w.zero_()
+            for block in self.blocks:
+                for part in (block, parts(block)[1]):
+                    if hasattr(part, "initialize"):
+                        part.initialize(generator)
         return self
 
 
 EMBED_STD, INIT_SCALE = 1.0, 0.7
 
 
+def first_layers(model, n):
+    """A model of another's first n blocks, with its embedding, norm and head: the same weights, not copies."""
+    c, part = model.config, Model.__new__(Model)
+    nn.Module.__init__(part)
+    part.config = replace(c, layers=c.layers[:n], windows=c.windows[:n])
+    part.embed, part.blocks, part.norm, part.head = model.embed, model.blocks[:n], model.norm, model.head
+    part.recompute, part.compiled = False, None
+    return part.eval()
+
+
 def folder_tensors(model):
     """A model's weights under their Hugging Face names, as views: written to save, filled to load → {name: tensor}."""
-    c, named = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    c = model.config
+    top, embed, norm = (("backbone", "embeddings", "norm_f") if c.model_type == "mamba2" else
+                        ("model", "embed_tokens", "norm"))
+    named = {f"{top}.{embed}.weight": model.embed.weight, f"{top}.{norm}.weight": model.norm.weight}
     if not c.tied:
         named["lm_head.weight"] = model.head.weight
-    H, G = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for i, block in enumerate(model.blocks):
-        a, mlp, at = block.attention, block.mlp, f"model.layers.{i}."
-        named[at + "input_layernorm.weight"] = block.attention_norm.weight
-        named[at + "post_attention_layernorm.weight"] = block.mlp_norm.weight
-        if c.qk_norm:
-            named[at + "self_attn.q_norm.weight"], named[at + "self_attn.k_norm.weight"] = a.q_norm, a.k_norm
-        for names, linear, rows in ((("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), a.qkv, (H, G, G)),
-                                    (("self_attn.o_proj",), a.out, (c.dim,)),
-                                    (("mlp.gate_proj", "mlp.up_proj"), mlp.gate_up, (c.hidden, c.hidden)),
-                                    (("mlp.down_proj",), mlp.down, (c.dim,))):
-            for kind, tensor in linear.named_parameters():
-                for name, part in zip(names, tensor.split(rows)):
-                    named[f"{at}{name}.{kind}"] = part
+        at = f"{top}.layers.{i}."
+        if isinstance(block, MixtureOfDepths):
+            named.update((at + name, w) for name, w in block.state_dict(keep_vars=True).items()
+                         if not name.startswith("block."))
+        named.update((at + name, w) for name, w in block_tensors(*parts(block)))
     return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def block_tensors(block, mixer):
+    """The weights of one block as (name, tensor): fused matrices in parts, as Hugging Face has them."""
+    def rows(names, linear, sizes):
+        for kind, tensor in linear.named_parameters():
+            yield from ((f"{name}.{kind}", part) for name, part in zip(names, tensor.split(sizes)))
+    if isinstance(mixer, Attention):
+        H, G = mixer.H * mixer.D, mixer.G * mixer.D
+        if mixer.q_norm is not None:
+            yield from (("self_attn.q_norm.weight", mixer.q_norm), ("self_attn.k_norm.weight", mixer.k_norm))
+        yield from rows(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mixer.qkv, (H, G, G))
+        yield from rows(("self_attn.o_proj",), mixer.out, len(mixer.out.weight))
+    else:
+        at = "linear_attn." if isinstance(block, Block) else "mixer."
+        names = {"conv_weight": "conv1d.weight", "conv_bias": "conv1d.bias", "norm": "norm.weight"}
+        for name, w in mixer.named_parameters():
+            yield at + names.get(name, name), w[:, None] if name == "conv_weight" else w
+    if isinstance(block, Block):
+        yield from (("input_layernorm.weight", block.attention_norm.weight),
+                    ("post_attention_layernorm.weight", block.mlp_norm.weight))
+        half = block.mlp.down.weight.shape[1]
+        yield from rows(("mlp.gate_proj", "mlp.up_proj"), block.mlp.gate_up, half)
+        yield from rows(("mlp.down_proj",), block.mlp.down, len(block.mlp.down.weight))
+    else:
+        yield "norm.weight", block.norm.weight
 
 
 def read_json(path):
@@ -958,6 +1120,15 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
+def strict(value):
+    """A value of config.json with what JSON lacks, infinity, written as transformers does: the reverse of `read_json`."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return {"__float__": "Infinity" if value > 0 else "-Infinity"} if value in (math.inf, -math.inf) else value
+
+
 def save(model, tokenizer, folder):
     """Write config.json, tokenizer.json (with its _config, without which transformers takes another class for it) and
     model.safetensors: a Hugging Face folder.
@@ -965,7 +1136,7 @@ def save(model, tokenizer, folder):
     folder = Path(folder)
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
     about.update({"eos_token": END_OF_TEXT} if END_OF_TEXT in tokenizer.special else {})
-    files = {"config.json": json.dumps(model.config.raw, indent=2), "tokenizer.json": tokenizer.source,
+    files = {"config.json": json.dumps(strict(model.config.raw), indent=2), "tokenizer.json": tokenizer.source,
              "tokenizer_config.json": json.dumps(about, indent=2)} | tokenizer.beside
     for name, text in files.items():
         with replacing(folder / name) as path:
@@ -1292,6 +1463,7 @@ class Run:
         self.spent_before = 0.0                                              # seconds of the processes before this one
         self.done, self.finished = 0.0, False                                # the share of the run that is over
         self.log, self.recent = [], [0.0, 0.0, 0]                            # evaluations; loss, distilled, steps since
+        self.routed = [block for block in model.blocks if isinstance(block, MixtureOfDepths)]
         self.graphs = {} if model.embed.weight.is_cuda and not self.optimizer.cut else None          # see `recorded`
 
     def spent(self):
@@ -1360,6 +1532,10 @@ class Run:
                              lr=self.settings["lr"] * schedule(self.done)))
         if self.teacher:
             self.log[-1]["distill_loss"] = distilled / steps if steps else None
+        if self.routed and steps:
+            self.log[-1].update(agreement([block.counts for block in self.routed]))
+            for block in self.routed:
+                block.counts.zero_()
 
     def gradients(self, hidden):
         """Forward and backward over one batch → (mean loss, mean distillation loss, norm of the gradients in .grad).
@@ -1410,16 +1586,19 @@ class Run:
             h = hidden(x).flatten(0, 1)
             loss = linear_cross_entropy(h, self.model.head.weight, y.flatten())
             parts = [loss.detach(), torch.zeros_like(loss)]
+            beside = sum(block.auxiliary for block in self.routed)           # the predictors learn beside
             if self.teacher:
                 with torch.no_grad():
                     told = self.teacher.hidden(x).flatten(0, 1)
                 parts[1] = distillation(h, self.model.head.weight, told, self.teacher.head.weight)
                 loss = (1 - DISTILLED) * loss + DISTILLED * parts[1]
-        (loss * weight[1]).backward()
+        ((loss + beside) * weight[1]).backward()
         return torch.stack(parts).detach() * weight[0]
 
     def update(self, scale, momentum):
         """The optimizer's step; of several processes, whose sums wait for each other, not recorded."""
+        for block in self.routed:
+            block.settle(self.processes)
         if self.processes.size > 1:
             return self.optimizer.step(scale, momentum)
         numbers = torch.tensor([scale, momentum], device=self.model.embed.weight.device)
@@ -1454,6 +1633,7 @@ class Run:
         self.graphs = self.graphs if self.graphs is None else {}
 
 
+ROUTING = "topk"
 PASSES, LEAST_STEPS = 4.0, 400                                               # over the text, by the clock; else steps
 DISTILLED, TEACHER_TEMPERATURE = 0.5, 2.0                                    # the teacher's share of the loss
 
@@ -1483,8 +1663,15 @@ def autocast(device, dtype):
 def flops_per_token(model, context):
     """Training FLOPs a token: 6 for a weight that multiplies, and attention's products (causal half not deducted)."""
     c = model.config
-    weights = sum((j - i) * w.shape[1] for w, i, j in model.matrices()) + model.head.weight.numel()
-    return 6 * weights + 12 * len(model.blocks) * context * c.heads * c.head_dim
+    total = 6 * model.head.weight.numel()
+    for block in model.blocks:
+        share = c.capacity if isinstance(block, MixtureOfDepths) else 1.0    # of the tokens, and so of what they see
+        inner, mixer = parts(block)
+        weights = sum(layer.weight.numel() for layer in inner.modules() if isinstance(layer, nn.Linear))
+        mixing = (12 * context * share * mixer.H * mixer.D if isinstance(mixer, Attention) else
+                  12 * math.prod(mixer.state_shape))                         # write the state, read it
+        total += share * (6 * weights + mixing)
+    return round(total)
 
 
 class Stop:
@@ -1731,7 +1918,11 @@ def arguments():
     p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
     p.add_argument("--passes", type=positive(float),
                    help=f"with --minutes: end after reading the text that many times ({PASSES:g})")
-    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP (by the budget)")
+    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP, s = Mamba-2, m = Mamba, "
+                   "d = gated delta rule + MLP; a capital routes its block by Mixture of Depths (by the budget)")
+    p.add_argument("--capacity", type=positive(float), help="share of the tokens that a routed block takes (0.125)")
+    p.add_argument("--routing", choices=["topk", "threshold"],
+                   help=f"what a routed block trains with: the best of each window, or all above a bar ({ROUTING})")
     p.add_argument("--dim", type=positive(int), help="width (by the budget)")
     p.add_argument("--heads", type=positive(int), help="query heads (dim / 64)")
     p.add_argument("--kv-heads", type=positive(int), help="key and value heads (heads, from 8 on half of them)")
@@ -1761,7 +1952,9 @@ def check(args):
         raise UserError(f"--seed {args.seed}: it must be 0 or more")
     if args.vocab and args.tokenizer not in (None, "bpe"):
         raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
-    for flag, settled in (("init", ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads")),
+    if args.capacity and args.capacity > 1:
+        raise UserError(f"--capacity {args.capacity:g}: it must be above 0 and at most 1")
+    for flag, settled in (("init", ("tokenizer", "vocab", "layers", "dim", "heads", "kv_heads", "capacity", "routing")),
                           ("teacher", ("tokenizer", "vocab"))):
         given = [f for f in settled if getattr(args, flag) and getattr(args, f) is not None]
         if given:
@@ -1794,9 +1987,15 @@ def plan(args, machine, processes, width=None):
         raise UserError(f"--batch {s['batch']}: the {processes.size} processes must get the same number of windows")
     if str(s["layers"]).isdigit():
         s["layers"] = "a" * int(s["layers"])
-    if not s["layers"] or set(s["layers"]) - {"a"}:
-        raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; "
-                        "known is a (attention + MLP)")
+    if not s["layers"] or set(s["layers"].lower()) - set(KNOWN):
+        raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; known are "
+                        + ", ".join(f"{letter} ({what})" for letter, what in KNOWN.items())
+                        + "; a capital routes its block")
+    routed = s["layers"] != s["layers"].lower()
+    for flag, value in (("capacity", 0.125), ("routing", ROUTING)):
+        if s[flag] is not None and not routed and not args.init:
+            raise UserError(f"--{flag} {s[flag]}: it belongs to routed blocks, capital letters in --layers")
+        s[flag] = s[flag] or value
     heads = s["heads"] = args.heads or max(1, s["dim"] // 64)
     if s["dim"] % heads or s["dim"] // heads % 2:
         raise UserError(f"--dim {s['dim']} and --heads {heads}: the head size must come out whole and even")
@@ -1846,8 +2045,8 @@ def resumed_settings(args, saved, finished=False):
         if flag in ("resume", "out", "minutes", "steps", "passes", "shard") or value is None:
             continue
         value = "a" * int(value) if flag == "layers" and value.isdigit() else value
-        if value != saved[flag]:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved[flag]}; "
+        if value != saved.get(flag):
+            raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved.get(flag)}; "
                             "a resumed run keeps its settings")
     if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
         raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
@@ -1902,9 +2101,9 @@ def prepare(args, processes):
         model = start[0].train()
         model.config.raw.update(dtype="float32", torch_dtype="float32")
     else:
-        raw = state["config"] if state else qwen3_config(
+        raw = state["config"] if state else our_config(
             settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"],
-            corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids)
+            corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids, settings["capacity"], settings["routing"])
         model = empty_model(parse_config(raw), device="cpu" if settings["shard"] else device)
         model.load_state_dict(state["model"]) if state else model.initialize(settings["seed"])
     if settings["shard"]:
@@ -1918,8 +2117,10 @@ def prepare(args, processes):
     print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, "
           f"{corpus.val_bytes / 1e6:.2f} MB to validate; "
           f"{corpus.tokenizer.vocab_size:,} tokens, {token_bytes:.2f} bytes each")
-    print(f"model        {len(c.layers)} layers × {c.dim}, {c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, "
-          f"{size / 1e6:.2f} M parameters")
+    print(f"model        {len(c.layers)} layers × {c.dim}, "
+          + ("" if set(c.layers) == {"a"} else f"{c.layers}, ")
+          + (f"{c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, " if "a" in c.layers.lower() else "")
+          + f"{size / 1e6:.2f} M parameters")
     if machine:
         print(f"machine      {device}, {torch.get_num_threads()} threads: "
               + ", ".join(f"{str(k).split('.')[1]} {v / 1e9:,.0f}" for k, v in machine.flops.items())
