@@ -25,6 +25,7 @@ import asyncio
 import bisect
 import codecs
 import contextlib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -1380,41 +1381,45 @@ def chat_template(folder):
 BREAK = "\ufdd0"                                                             # a noncharacter, put into forged markers
 
 
-def chat_ids(tokenizer, template, messages):
-    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
-
-    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
-    mended after the cut, so it reaches the model as plain text. UserError where the template does not render.
-    """
+@functools.lru_cache(4)
+def template_of(source):
+    """A chat template's text → the template, in a sandbox."""
     import jinja2.sandbox
 
     def refuse(message):
         raise jinja2.TemplateError(message)
-    source, variables = template
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-    plain = lambda s: [s] if s else []
+    return environment.from_string(source)
+
+
+def chat_ids(tokenizer, template, messages):
+    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
+
+    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
+    mended after the cut, so it reaches the model as plain text; the same where it only begins or ends one. UserError
+    where the template does not render.
+    """
+    source, variables = template
     markers = sorted(tokenizer.special, key=len, reverse=True)
 
     def disarm(text):
         text = train.mend(text).replace(BREAK, "\ufffd")
         for marker in markers:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
+        body = text.strip()                                                  # templates trim: breaks go inside of that
+        if body and any(body.startswith(m[k:]) or body.endswith(m[:k]) for m in markers for k in range(1, len(m))):
+            text = text.replace(body, BREAK + body + BREAK)
         return text
     messages = [dict(m, content=disarm(m["content"])) for m in messages]
     try:
-        text = environment.from_string(source).render(messages=messages, add_generation_prompt=True, **variables)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template does not render: {error}") from None
-    ids, rest = [], text
-    while rest:
-        at, marker = min(((i, m) for m in markers if (i := rest.find(m)) >= 0),
-                         key=lambda x: (x[0], -len(x[1])), default=(len(rest), ""))
-        for part in plain(rest[:at].replace(BREAK, "")):
-            ids += tokenizer.encode(part)
-        ids += [tokenizer.special[marker]] if marker else []
-        rest = rest[at + len(marker):]
-    return ids
+        text = template_of(source).render(messages=messages, add_generation_prompt=True, **variables)
+    except Exception as error:                                               # a template may raise anything
+        raise UserError(f"the chat template does not render: {type(error).__name__}: {error}") from None
+    parts = re.split("(" + "|".join(map(re.escape, markers)) + ")", text) if markers else [text]
+    return [i for part in parts if part for i in (
+        [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part.replace(BREAK, "")))]
 
 
 @torch.no_grad()
@@ -2268,7 +2273,7 @@ class Gate:
         headers = dict(scope["headers"])
         if scope["method"] == "OPTIONS":                                     # a browser's question, asked without a key
             wanted = headers.get(b"access-control-request-headers", b"authorization, content-type")
-            return await reply(send, 204, b"", {"access-control-allow-methods": "GET, POST, OPTIONS",
+            return await reply(send, 200, b"", {"access-control-allow-methods": "GET, POST, OPTIONS",
                                                 "access-control-allow-headers": wanted.decode("latin-1"),
                                                 "access-control-max-age": "86400"})
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
