@@ -1533,7 +1533,7 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
 
 BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes at most; time for a head, for a body
 LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, characters of each
-EVENTS = 400                                                                 # a second over all streams, about
+EVENTS = 250                                                                 # a second over all streams, about
 NUMBER = (int, float)
 SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1), "top_k": (int, -1, 2 ** 63),
             "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
@@ -1760,7 +1760,7 @@ class Job:
         done, now = choice.request.finish_reason, time.perf_counter()
         if not done and (not self.stream or now < choice.due):
             return False
-        choice.due = now + self.service.streams / EVENTS                     # many streams: more tokens an event
+        choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS  # many: more tokens an event
         self.news.append((choice, choice.request.news() if self.stream else "", choice.made, done))
         return True
 
@@ -2398,6 +2398,7 @@ def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}") from None
     llm.generate([[0]], max_tokens=2, temperature=0.0)                       # kernels are compiled, libraries set up
+    sys.setswitchinterval(0.001)                                             # the engine waits less for the loop
     log, service = Log(), Service(llm, max_queue, timeout)
     server = listener(application(service, key, log), timeout)
     at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
