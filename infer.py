@@ -2393,6 +2393,8 @@ def listener(app, timeout):
 def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
     """Serve until a signal says to end: no new connections then, what runs is finished. UserError: port not free."""
     try:
+        if not 0 <= port < 2 ** 16:
+            raise OverflowError("a port is from 0 to 65535")
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.create_server(address[4], family=address[0], backlog=2048)
     except (OSError, OverflowError) as error:
