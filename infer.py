@@ -2351,6 +2351,8 @@ def listener(app, timeout):
 
         def connection_made(self, transport):
             super().connection_made(transport)
+            sock = transport.get_extra_info("socket")                        # small writes must not wait for one another
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
 
         def connection_lost(self, error):
