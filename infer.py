@@ -21,7 +21,7 @@ its bound.
               keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`, `--compare`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
 import asyncio
@@ -42,10 +42,12 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -58,6 +60,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from attention import jit, on_kernel, tl, triton
 from flash import flash_attention_varlen, flash_decode
 from train import Parser, UserError, load, measure, positive
 
@@ -123,6 +126,27 @@ def quicken(model):
     return model
 
 
+# Fewer bits a weight. Of w [O, I], the weights of a linear layer y = x Wᵀ:
+#
+#     int8       w_oi ≈ s_o q_oi               q in −127 … 127: the largest of a row becomes ±127
+#     int4       w_oi ≈ s_og (q_oi − 8) + z_og q in 0 … 15; g = i div group: a scale and a middle for each group
+#     fp8        w_oi ≈ s_o q_oi               q in e4m3, 4 bits of exponent and 3 of fraction: the largest becomes ±448
+#
+# What rounding costs the layer is not ‖E‖² of the weights, E = Q(W) − W, but ‖E Xᵀ‖² = tr(E H Eᵀ), H = Xᵀ X, of inputs X
+# [N, I] of calibration text. int4 rounds to nearest; two ways to round that know H:
+#
+#     gptq       column by column, what rounding costs is made good by the columns to come:  Uᵀ U = (H + λ diag H)⁻¹,
+#                e = (w_i − ŵ_i) / U_ii,  w_j ← w_j − e U_ij for j > i          (Frantar et al., arXiv 2210.17323)
+#     awq        W diag(c) is rounded, and x / c read: c_i = ‖x_i‖^α gives channels that say much finer steps; α by the
+#                least tr(E H Eᵀ)                                               (Lin et al., arXiv 2306.00978)
+#
+# Pruning sets weights to zero: those of least |w_oi| (magnitude) or of least |w_oi| ‖x_i‖ (Wanda, arXiv 2306.11695), half
+# of each row or two of each four. One text serves NumPy and torch: `xp` is the one of the two.
+
+def _xp(x):
+    return np if isinstance(x, np.ndarray) else torch
+
+
 def int8_numpy(w):
     """w [O, I] → q int8 [O, I] and scale [O]: w ≈ scale ∘ q. The largest of each row becomes ±127; zeros stay zeros."""
     scale = np.abs(w).max(1) / 127
@@ -139,46 +163,600 @@ def int8_linear_numpy(x, q, scale):
     return (a @ q.T.astype(np.int32)) * (row / 63) * scale
 
 
-class Int8(torch.nn.Module):
-    """A linear layer with its weights in int8, a scale for each output: a quarter of the memory to read, and products
-    of integers, which a CPU does twice as many of. As in `int8_linear_numpy`; elsewhere x stays as it is.
+def bf16(x):
+    """x, rounded to what bfloat16 can say."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().double().numpy().astype(x.dtype)
+    return x.bfloat16().to(x.dtype)
+
+
+def grouped(w, group):
+    """w [O, I] → [O, G, group]; where I does not divide, the last group is filled with the last column: its extremes stay.
     """
+    w = _xp(w).concatenate([w, w[:, [w.shape[1] - 1] * (-w.shape[1] % group)]], 1)
+    return w.reshape(len(w), -1, group)
+
+
+def int4_round(w, scale, zero):
+    """w [...], scale, zero (broadcast) → q in 0 … 15, still floats."""
+    xp = _xp(w)
+    return xp.clip(xp.round((w - zero) / xp.where(scale > 0, scale, xp.ones_like(scale))) + 8, 0, 15)
+
+
+def int4_value(q, scale, zero):
+    return (q - 8) * scale + zero
+
+
+SHRINK = 1.0, 0.95, 0.9, 0.85, 0.8, 0.75                                      # shares of a group's range
+
+
+def int4_grid(w):
+    """w [..., g] → scale, zero [...]: of ranges from the whole to three quarters the one of least squared error.
+
+    Both are numbers of bfloat16: so they are stored, and so torch's product on a CPU takes them.
+    """
+    xp, best = _xp(w), None
+    low, high = xp.amin(w, -1), xp.amax(w, -1)
+    for share in SHRINK:
+        scale = bf16((high - low) * (share / 15))
+        zero = bf16((high + low) / 2 + scale / 2)
+        error = ((int4_value(int4_round(w, scale[..., None], zero[..., None]), scale[..., None], zero[..., None]) - w)
+                 ** 2).sum(-1)
+        if best is None:
+            best = error, scale, zero
+        else:
+            best = [xp.where(error < best[0], new, old) for new, old in zip((error, scale, zero), best)]
+    return best[1], best[2]
+
+
+def int4_numpy(w, group=64):
+    """w [O, I] → q [O, G, group] in 0 … 15, scale, zero [O, G]: each group to the nearest. Takes torch tensors as well."""
+    w = grouped(w, group)
+    scale, zero = int4_grid(w)
+    return int4_round(w, scale[..., None], zero[..., None]), scale, zero
+
+
+def int4_weights(q, scale, zero, I):
+    """What q, scale and zero of `int4_numpy` stand for → w [O, I]."""
+    return int4_value(q, scale[..., None], zero[..., None]).reshape(len(q), -1)[:, :I]
+
+
+def int4_linear_numpy(x, q, scale, zero):
+    """x [N, I] → x Wᵀ [N, O], group by group as the kernels have it."""
+    x, y = np.pad(x, ((0, 0), (0, q.shape[1] * q.shape[2] - x.shape[1]))), 0
+    for g, part in enumerate(np.split(x, q.shape[1], 1)):
+        y = y + part @ int4_value(q[:, g], scale[:, g, None], zero[:, g, None]).T
+    return y
+
+
+def inverse_factor(H):
+    """H [I, I] → U upper triangular, Uᵀ U = (H + λ diag H)⁻¹, with the least λ of 0.01, 0.1 and 1 for which it can be
+    computed; None where none does (H is not finite). In units of each channel's own size: a channel thousands of times
+    larger than the rest spoils nothing, one that is always 0 has no neighbours.
+    """
+    xp, n = _xp(H), len(H)
+    size = xp.sqrt(xp.diagonal(H))
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    R, one = H / size / size[:, None], xp.zeros_like(H)
+    one[range(n), range(n)] = 1
+    for damping in (0.01, 0.1, 1.0):
+        with contextlib.suppress(xp.linalg.LinAlgError):
+            xp.linalg.cholesky(R + damping * one)                            # an inverse alone would not notice
+            U = xp.linalg.cholesky(xp.linalg.inv(R + damping * one)).T / size
+            if xp.isfinite(U).all():
+                return U
+    return None
+
+
+def gptq_numpy(w, H, group=64):
+    """w [O, I], H [I, I] → q, scale, zero as of `int4_numpy`, or None where H has no factor. Takes torch tensors as well.
+
+    Columns of later groups are told of a group's errors together, in one product.
+    """
+    U = inverse_factor(H)
+    if U is None:
+        return None
+    xp, I = _xp(w), w.shape[1]
+    w, parts = w + 0, []
+    for start in range(0, I, group):
+        stop = min(start + group, I)
+        scale, zero = int4_grid(w[:, start:stop])
+        q, errors = xp.zeros_like(w[:, :group]) + 8, xp.zeros_like(w[:, start:stop])
+        for i in range(start, stop):
+            q[:, i - start] = int4_round(w[:, i], scale, zero)
+            e = (w[:, i] - int4_value(q[:, i - start], scale, zero)) / U[i, i]
+            w[:, i + 1:stop] -= e[:, None] * U[i, i + 1:stop]
+            errors[:, i - start] = e
+        w[:, stop:] -= errors @ U[start:stop, stop:]
+        q = xp.concatenate([q, xp.zeros_like(w[:, :1])[:, [0] * (group - q.shape[1])] + 8], 1)
+        parts.append((q, scale, zero))
+    return tuple(xp.stack(part, 1) for part in zip(*parts))
+
+
+def awq_numpy(w, H, group=64):
+    """w [O, I], H [I, I] → c [I] of AWQ: what each channel of x is divided by, and W's multiplied. Takes torch tensors.
+
+    ‖x_i‖ is the root of H's diagonal. α = 0 is among the ten tried: never worse than rounding to nearest.
+    """
+    xp = _xp(w)
+    size = xp.sqrt(xp.diagonal(H))
+    size = xp.clip(size / xp.amax(size), 1e-4, 1) if xp.amax(size) > 0 else xp.ones_like(size)
+    best, least = xp.ones_like(size), math.inf
+    for alpha in range(10):
+        c = size ** (alpha / 10)
+        c = c / xp.sqrt(xp.amax(c) * xp.amin(c))
+        E = int4_weights(*int4_numpy(w * c, group), w.shape[1]) / c - w
+        loss = float(((E @ H) * E).sum())
+        if loss < least:
+            best, least = c, loss
+    return best
+
+
+def wanda_numpy(w, norms, sparsity=0.5):
+    """w [O, I], norms [I] of the inputs → the weights to keep, [O, I] of bool. Ones for norms: by magnitude alone.
+
+    sparsity: the share of each row that goes, or "2:4", two of each four in a row; ValueError where 4 does not divide I.
+    Takes torch tensors as well.
+    """
+    xp, score = _xp(w), abs(w) * norms
+    if sparsity == "2:4":
+        if w.shape[1] % 4:
+            raise ValueError(f"2:4: w {tuple(w.shape)} must have columns in fours")
+        return (xp.argsort(xp.argsort(score.reshape(-1, 4), -1), -1) >= 2).reshape(w.shape)
+    return xp.argsort(xp.argsort(score, -1), -1) >= round(w.shape[1] * sparsity)
+
+
+# The kernels: weights are read once, in their bits, and become numbers in registers. One row is a sum, as memory is the
+# bound; more are a matrix product, of 16 rows or many a program. x [N, I], y [N, O], in int4 two weights a byte: the low
+# halves are the first half of a group.
+
+@jit
+def _int8_row(X, Q, S, Y, O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n, i, y = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_I), tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        x = tl.load(X + n * I + start + i, mask=start + i < I, other=0.).to(tl.float32)
+        q = tl.load(Q + o[:, None] * I + (start + i)[None], mask=(o < O)[:, None] & (start + i < I)[None], other=0)
+        y += q.to(tl.float32) * x[None]
+    s = tl.load(S + o, mask=o < O, other=0.).to(tl.float32)
+    tl.store(Y + n * O + o, tl.sum(y, 1) * s, mask=o < O)
+
+
+@jit
+def _int8_rows(X, Q, S, Y, N, O, I, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i, y = tl.arange(0, BLOCK_I), tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        x = tl.load(X + n[:, None] * I + (start + i)[None], mask=(n < N)[:, None] & (start + i < I)[None], other=0.)
+        q = tl.load(Q + o[None] * I + (start + i)[:, None], mask=(o < O)[None] & (start + i < I)[:, None], other=0)
+        y = tl.dot(x, q.to(x.dtype), y, input_precision="ieee")
+    s = tl.load(S + o, mask=o < O, other=0.).to(tl.float32)
+    tl.store(Y + n[:, None] * O + o[None], y * s[None], mask=(n < N)[:, None] & (o < O)[None])
+
+
+@jit
+def _int4_row(X, P, SZ, Y, O, I, G, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n, h, y = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_H), tl.zeros([BLOCK_O, BLOCK_H], tl.float32)
+    half: tl.constexpr = GROUP // 2
+    for g in range(G):
+        low, high = g * GROUP + h, g * GROUP + half + h
+        a = tl.load(X + n * I + low, mask=(h < half) & (low < I), other=0.).to(tl.float32)
+        b = tl.load(X + n * I + high, mask=(h < half) & (high < I), other=0.).to(tl.float32)
+        p = tl.load(P + (o[:, None] * G + g) * half + h[None], mask=(o < O)[:, None] & (h < half)[None], other=0)
+        s = tl.load(SZ + (o * G + g) * 2, mask=o < O, other=0.).to(tl.float32)[:, None]
+        z = tl.load(SZ + (o * G + g) * 2 + 1, mask=o < O, other=0.).to(tl.float32)[:, None]
+        y += (((p & 15).to(tl.float32) - 8) * s + z) * a[None] + (((p >> 4).to(tl.float32) - 8) * s + z) * b[None]
+    tl.store(Y + n * O + o, tl.sum(y, 1), mask=o < O)
+
+
+@jit
+def _int4_rows(X, P, SZ, Y, N, O, I, G, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+               BLOCK_H: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h, y = tl.arange(0, BLOCK_H), tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    half: tl.constexpr = GROUP // 2
+    for g in range(G):
+        low, high = g * GROUP + h, g * GROUP + half + h
+        a = tl.load(X + n[:, None] * I + low[None], mask=(n < N)[:, None] & ((h < half) & (low < I))[None], other=0.)
+        b = tl.load(X + n[:, None] * I + high[None], mask=(n < N)[:, None] & ((h < half) & (high < I))[None], other=0.)
+        p = tl.load(P + (o[None] * G + g) * half + h[:, None], mask=(o < O)[None] & (h < half)[:, None], other=0)
+        s = tl.load(SZ + (o * G + g) * 2, mask=o < O, other=0.).to(tl.float32)[None]
+        z = tl.load(SZ + (o * G + g) * 2 + 1, mask=o < O, other=0.).to(tl.float32)[None]
+        y = tl.dot(a, (((p & 15).to(tl.float32) - 8) * s + z).to(a.dtype), y, input_precision="ieee")
+        y = tl.dot(b, (((p >> 4).to(tl.float32) - 8) * s + z).to(a.dtype), y, input_precision="ieee")
+    tl.store(Y + n[:, None] * O + o[None], y, mask=(n < N)[:, None] & (o < O)[None])
+
+
+def int8_linear(x, q, scale):
+    """x [..., I], q int8 [O, I], scale [O] → x Wᵀ [..., O] by the kernels, x as it is."""
+    if q.ndim != 2 or x.shape[-1] != q.shape[1] or scale.shape != q.shape[:1]:
+        raise ValueError(f"int8_linear: x {tuple(x.shape)}, q {tuple(q.shape)} and scale {tuple(scale.shape)} do not fit")
+    (O, I), rows = q.shape, x.reshape(-1, x.shape[-1]).contiguous()
+    y, N = x.new_empty(*x.shape[:-1], O), len(rows)
+    if 0 < N <= ONE:
+        _int8_row[triton.cdiv(O, 16), N](rows, q, scale, y, O, I, BLOCK_O=16, BLOCK_I=256, num_warps=4)
+    elif N:
+        BLOCK_N = 16 if N <= 16 else 64
+        _int8_rows[triton.cdiv(O, 64), triton.cdiv(N, BLOCK_N)](
+            rows, q, scale, y, N, O, I, BLOCK_N=BLOCK_N, BLOCK_O=64, BLOCK_I=64, num_warps=4)
+    return y
+
+
+def int4_linear(x, packed, scale_zero, group):
+    """x [..., I], packed uint8 [O, G, group / 2], scale_zero [O, G, 2] → x Wᵀ [..., O] by the kernels."""
+    O, G, half = packed.shape
+    if -(-x.shape[-1] // group) != G or 2 * half != group or scale_zero.shape != (O, G, 2):
+        raise ValueError(f"int4_linear: x {tuple(x.shape)}, packed {tuple(packed.shape)} and scale_zero "
+                         f"{tuple(scale_zero.shape)} do not fit groups of {group}")
+    I, rows = x.shape[-1], x.reshape(-1, x.shape[-1]).contiguous()
+    y, N, BLOCK_H = x.new_empty(*x.shape[:-1], O), len(rows), max(16, triton.next_power_of_2(half))
+    if 0 < N <= ONE:
+        _int4_row[triton.cdiv(O, 16), N](rows, packed, scale_zero, y, O, I, G, GROUP=group, BLOCK_O=16, BLOCK_H=BLOCK_H,
+                                         num_warps=4)
+    elif N:
+        BLOCK_N = 16 if N <= 16 else 64
+        _int4_rows[triton.cdiv(O, 64), triton.cdiv(N, BLOCK_N)](
+            rows, packed, scale_zero, y, N, O, I, G, GROUP=group, BLOCK_N=BLOCK_N, BLOCK_O=64, BLOCK_H=BLOCK_H,
+            num_warps=4)
+    return y
+
+
+ONE = 2                                                                      # rows that are quicker one by one
+
+
+# The layers. Each holds its tensors as a folder stores them, until `ready` lays them out for the device it is on.
+
+class Compressed(torch.nn.Module):
+    """A linear layer of fewer bits. smooth [I], where there is one, divides x: AWQ's c."""
+    packed = None
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def scaled(self, x):
+        return x if self.smooth is None else x / self.smooth.to(x.dtype)
+
+    def biased(self, y, dtype):
+        return y.to(dtype) if self.bias is None else y.to(dtype) + self.bias.to(dtype)
+
+    def read(self):
+        """Bytes that one pass over the layer reads."""
+        return self.in_features * self.out_features + 4 * self.out_features
+
+    def held(self):
+        """Bytes that the layer takes in memory."""
+        return sum(b.numel() * b.element_size() for b in self.buffers()) + (0 if self.packed is None else self.read())
+
+
+PACKED = weakref.WeakValueDictionary()                                       # a compiled graph can hold a number, not such
+OPS = torch.library.Library("twin", "DEF")                                   # an object: number → the layer that has it
+OPS.define("int8_linear(Tensor x, int number, int outputs) -> Tensor")
+OPS.impl("int8_linear", lambda x, number, outputs: PACKED[number].product(x), "CPU")
+torch.library.register_fake("twin::int8_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs), lib=OPS)
+
+
+class Int8(Compressed):
+    """Weights in int8, a scale for each output: a quarter of the memory to read, and on a CPU products of integers,
+    which it does twice as many of. As in `int8_linear_numpy`; elsewhere x stays as it is.
+    """
+
+    def __init__(self, linear, group=None):
+        super().__init__(linear)
         w = linear.weight.detach()
-        self.in_features, self.out_features, self.bias, self.packed = (
-            linear.in_features, linear.out_features, linear.bias, None)
         scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
-        if w.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
-            zeros = torch.zeros(len(w), dtype=torch.int64)
+        self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def ready(self):
+        if self.q.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
+            zeros = torch.zeros(len(self.q), dtype=torch.int64)
             before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
             with warnings.catch_warnings():                                  # this form of tensor is to go, one day
                 warnings.simplefilter("ignore")
                 self.packed = torch.ops.quantized.linear_prepack(
-                    torch.quantize_per_channel(w.float(), scale, zeros, 0, torch.qint8), None)
+                    torch._make_per_channel_quantized_tensor(self.q, self.scale, zeros, 0), None)
             torch.backends.quantized.engine = before
-        else:
-            self.register_buffer("scale", scale.to(w.dtype))
-            self.register_buffer("q", (w / scale[:, None]).round().to(torch.int8))
+            self.q = self.scale = None
+            self.number = next(NUMBERS)
+            PACKED[self.number] = self
+        return self
+
+    def product(self, x):
+        """x [..., I] within ±1 → [..., O]."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, self.packed)
 
     def forward(self, x):
         if self.packed is None:
-            return F.linear(x, self.q.to(x.dtype)).mul_(self.scale).add_(0 if self.bias is None else self.bias)
-        row = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x / row).float(), 1 / 63, 64, self.packed).mul_(row)
-        return y.to(x.dtype) if self.bias is None else y.to(x.dtype).add_(self.bias)
+            if on_kernel(x):
+                return self.biased(int8_linear(x, self.q, self.scale), x.dtype)
+            return self.biased(F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype), x.dtype)
+        row = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        a = (x / row).float()
+        y = (torch.ops.twin.int8_linear(a, self.number, self.out_features) if torch.compiler.is_compiling() else
+             self.product(a))
+        return self.biased(y * row, x.dtype)
 
 
-def layers_in(model, layer):
-    """Replace a model's linear layers by `layer`s made of them; those that steer, and are small, stay as they are."""
-    model.requires_grad_(False)
+NUMBERS = itertools.count()
+
+
+class Int4(Compressed):
+    """Weights in groups of 4 bits, two a byte. On a CPU few rows go to torch's packed product, which wants bfloat16; for
+    many the weights are unpacked, as then arithmetic is the bound.
+    """
+    FEW = 24
+
+    def __init__(self, linear, group=64, values=None, smooth=None):
+        super().__init__(linear)
+        w = linear.weight.detach().float()
+        self.group = group
+        q, scale, zero = values or int4_numpy(w if smooth is None else w * smooth, group)
+        q = q.to(torch.uint8)
+        self.register_buffer("q", q[..., :group // 2] | q[..., group // 2:] << 4)            # [O, G, group / 2]
+        self.register_buffer("scale_zero", torch.stack([scale, zero], -1).bfloat16())        # [O, G, 2]
+        self.register_buffer("smooth", smooth)
+
+    def read(self):
+        return self.q.numel() + 2 * self.scale_zero.numel()
+
+    def ready(self):
+        """Pack for torch's product where it takes this shape: groups of 32, 64, 128 or 256, outputs in sixteens."""
+        if self.q.device.type == "cpu" and self.group in (32, 64, 128, 256):
+            q = torch.stack([self.q & 15, self.q >> 4], 2).flatten(1).int()  # [O, G · group]
+            more = -len(q) % 64
+            self.packed = torch._convert_weight_to_int4pack_for_cpu(F.pad(q, (0, 0, 0, more)), 1)
+            self.steps = F.pad(self.scale_zero, (0, 0, 0, 0, 0, more)).transpose(0, 1).contiguous()
+        return self
+
+    def weights(self, dtype):
+        """→ w [O, I], unpacked."""
+        w = torch.stack([self.q & 15, self.q >> 4], 2).to(dtype).flatten(2)
+        scale, zero = self.scale_zero.to(dtype)[..., None].unbind(2)
+        return w.sub_(8).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
+
+    def forward(self, x):
+        x, dtype = self.scaled(x), x.dtype
+        rows = x.numel() // max(1, x.shape[-1])
+        if on_kernel(x):
+            return self.biased(int4_linear(x, self.q, self.scale_zero, self.group), dtype)
+        if self.packed is None or rows > self.FEW:
+            return self.biased(F.linear(x, self.weights(dtype)), dtype)
+        a = F.pad(x.bfloat16(), (0, self.q.shape[1] * self.group - self.in_features)).reshape(rows, -1)
+        y = torch._weight_int4pack_mm_for_cpu(a, self.packed, self.group, self.steps)
+        return self.biased(y[:, :self.out_features].reshape(*x.shape[:-1], -1), dtype)
+
+
+class Fp8(Compressed):
+    """Weights and, row by row, inputs in e4m3: products that GPUs from compute capability 8.9 on do twice as many of."""
+
+    def __init__(self, linear, group=None):
+        super().__init__(linear)
+        w = linear.weight.detach().float()
+        scale = (w.abs().amax(1) / 448).clamp(min=1e-30)
+        self.register_buffer("q", (w / scale[:, None]).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", scale)
+
+    def ready(self):
+        return self
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        size = (rows.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-30)
+        y = torch._scaled_mm((rows / size).to(torch.float8_e4m3fn), self.q.t(), scale_a=size, scale_b=self.scale[None],
+                             out_dtype=torch.bfloat16)
+        return self.biased(y.view(*x.shape[:-1], -1), x.dtype)
+
+
+class Table(torch.nn.Module):
+    """An embedding in int8, a scale a row: a lookup reads one row, so this is for the memory alone. It stays apart from a
+    tied head, which has bits of its own.
+    """
+
+    def __init__(self, embed):
+        super().__init__()
+        w = embed.weight.detach()
+        scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
+        self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.like = w.new_zeros(()).expand(w.shape)                          # what others ask for device, dtype and shape
+
+    @property
+    def weight(self):
+        return self.like
+
+    def forward(self, tokens):
+        return (self.q[tokens].float() * self.scale[tokens, None]).to(self.like.dtype)
+
+
+def linears(model):
+    """(path, parent, name, layer) of a model's linear layers, but for those that steer, and are small."""
     for path, module in list(model.named_modules()):
         for name, linear in list(module.named_children()):
-            steers = {"dt_proj", "router", "predictor"} & {*path.split("."), name}
-            if type(linear) is torch.nn.Linear and not steers:
-                setattr(module, name, layer(linear))
+            if isinstance(linear, torch.nn.Linear) and not {"dt_proj", "router", "predictor"} & {*path.split("."), name}:
+                yield f"{path}.{name}" if path else name, module, name, linear
+
+
+QUANTIZED = dict(int8=Int8, int4=Int4, gptq=Int4, awq=Int4, fp8=Fp8)         # --quantize → the layer
+PRUNED = "magnitude", "wanda"
+
+
+def check_quantize(quantize, group_size, prune, sparsity, device):
+    """ValueError or UserError where a compression is none, or not this device's."""
+    if quantize not in (None, *QUANTIZED):
+        raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
+    if prune not in (None, *PRUNED):
+        raise ValueError(f"prune is {prune!r}: it must be {', '.join(map(repr, PRUNED))} or None")
+    if not (isinstance(group_size, int) and group_size >= 2 and group_size % 2 == 0):
+        raise ValueError(f"group_size is {group_size!r}: it must be an even whole number from 2")
+    if sparsity != "2:4" and not (isinstance(sparsity, float) and 0 <= sparsity < 1):
+        raise ValueError(f"sparsity is {sparsity!r}: it must be a share below 1, or '2:4'")
+    if quantize == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        raise UserError("fp8 needs a GPU of compute capability 8.9 or more; int8 takes as many bits anywhere")
+
+
+def folds(model):
+    """Layers whose input is divided by c for free: {layer: what to divide, a parameter and its first row or None}.
+
+    A norm's gain reaches one product alone; the rows of W_up reach W_down through nothing but products.
+    """
+    found = {model.head: [(model.norm.weight, 0)]}
+    for block in model.blocks:
+        block, mixer = train.parts(block)
+        first = getattr(mixer, "qkv", None) or mixer.in_proj
+        if hasattr(block, "mlp"):
+            found[first] = [(block.attention_norm.weight, 0)]
+            found[block.mlp.gate_up] = [(block.mlp_norm.weight, 0)]
+            up = block.mlp.gate_up
+            found[block.mlp.down] = [(w, block.mlp.down.in_features) for w in (up.weight, up.bias) if w is not None]
+        else:
+            found[first] = [(block.norm.weight, 0)]
+    return found
+
+
+def calibrate(model, ids, length=512, most=64):
+    """Token ids → (part of the model, {path: H}) for each block and the head, in turn: what is done to a part is done
+    before the next one is read, which so sees the inputs it will have. H = Xᵀ X [I, I], summed in float64.
+    """
+    length = min(length, model.config.context, len(ids))
+    if length < 2:
+        raise UserError("the calibration text has fewer than two tokens")
+    device = model.embed.weight.device
+    starts = np.linspace(0, len(ids) - length, min(most, len(ids) // length)).astype(int)
+    xs = [model.embed(torch.tensor(np.array(ids[i:i + length], dtype=np.int64), device=device)[None]) for i in starts]
+    positions, wide = torch.arange(length, device=device), torch.float32 if device.type == "mps" else torch.float64
+
+    def add(H, path, x):
+        x = x.reshape(-1, x.shape[-1]).float()
+        H[path] = H.get(path, 0) + (x.T @ x).to(wide)
+    for i, block in enumerate(model.blocks):
+        H = {}
+        hooks = [linear.register_forward_pre_hook(lambda _, inputs, path=path: add(H, path, *inputs))
+                 for path, _, _, linear in linears(model) if path.startswith(f"blocks.{i}.")]
+        for x in xs:
+            block(x, positions)
+        for hook in hooks:
+            hook.remove()
+        yield f"blocks.{i}.", H
+        xs = [block(x, positions) for x in xs]
+    H = {}
+    for x in xs:
+        add(H, "head", model.norm(x))
+    yield "head", H
+
+
+def smaller(linear, quantize, group, H, sources):
+    """A linear layer in fewer bits → (the layer, whether H was of use). sources: see `folds`."""
+    w = linear.weight.detach()
+    if quantize == "gptq":
+        values = gptq_numpy(w.to(H.dtype), H, group)
+        return Int4(linear, group, values), values is not None
+    if quantize == "awq":
+        c = awq_numpy(w.float(), (H / H.diagonal().mean().clamp(min=1e-30)).float(), group)
+        for source, start in sources:
+            part = source[start:start + len(c)]
+            part.div_(c if part.ndim == 1 else c[:, None])
+        return Int4(linear, group, int4_numpy(w.float() * c, group), None if sources else c), bool(H.isfinite().all())
+    return QUANTIZED[quantize](linear, group), True
+
+
+@torch.no_grad()
+def compress(model, quantize=None, group_size=64, ids=None, prune=None, sparsity=0.5):
+    """Prune and quantize a model in place, layer by layer; ids: calibration text → dict(layers, nearest).
+
+    nearest: the layers for which calibration was of no use, so that they are rounded to nearest. Pruning leaves the
+    head alone. UserError where no layer is left to compress.
+    """
+    model.requires_grad_(False)
+    known, told = quantize in ("gptq", "awq") or prune == "wanda", dict(layers=0, nearest=[])
+    parts = (calibrate(model, ids) if known else
+             iter([(f"blocks.{i}.", {}) for i in range(len(model.blocks))] + [("head", {})]))
+    sources = folds(model) if quantize == "awq" else {}
+    bar = train.tqdm(parts, total=len(model.blocks) + 1, desc=quantize or prune, leave=False, **train.quiet_bar())
+    for part, H in bar:
+        places = [place for place in linears(model) if place[0].startswith(part)]
+        for path, parent, name, linear in reversed(places):                  # down before up, which awq may divide for it
+            I = linear.weight.shape[1]
+            h = H.get(path, torch.zeros(I, I, device=linear.weight.device, dtype=torch.float64)) if known else None
+            if prune and path != "head":
+                norms = h.diagonal().sqrt() if prune == "wanda" else torch.ones(I, device=linear.weight.device)
+                try:
+                    keep = wanda_numpy(linear.weight.detach().float(), norms.float(), sparsity)
+                except ValueError as error:
+                    raise UserError(f"{path}: {error}") from None
+                linear.weight.mul_(keep)
+            if quantize:
+                layer, used = smaller(linear, quantize, group_size, h, sources.get(linear, ()))
+                setattr(parent, name, layer)
+                told["nearest"] += [] if used else [path]
+            told["layers"] += bool(quantize or path != "head")
+    if not told["layers"]:
+        raise UserError("the model has no layer to compress")
+    if quantize:
+        model.embed = Table(model.embed)
+        kind = {Int8: "int8", Int4: "int4", Fp8: "fp8"}[QUANTIZED[quantize]]
+        model.config.raw = model.config.raw | dict(quantization_config=dict(
+            quant_method="twin", format=kind, method=quantize, group_size=group_size, layers=told["layers"]))
+    return told
+
+
+def ready(model):
+    """Lay all layers of fewer bits out for the device they are on."""
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            module.ready()
+    return model
+
+
+def save_compressed(model, tokenizer, folder):
+    """Write a compressed model, before `ready`, as a folder that `open_folder` reads: tensors by their place in Model."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        quantized = model.config.raw.get("quantization_config")
+        train.save(model, tokenizer, folder, {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+                   if quantized else None)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def open_folder(folder, device=None, dtype=None):
+    """`train.load`, and folders of `save_compressed` → (model, tokenizer)."""
+    path = Path(folder) / "config.json"
+    about = train.read_json(path).get("quantization_config") if path.exists() else None
+    if not about or about.get("quant_method") != "twin":
+        return load(folder, device, dtype)
+    kind, group = about.get("format"), about.get("group_size", 64)
+    if kind not in ("int8", "int4", "fp8"):
+        raise UserError(f"{path}: quantization_config.format is {kind!r}: it must be int8, int4 or fp8")
+    device = train.pick_device(device)
+    check_quantize(kind, group, None, 0.5, device)
+    generation = path.with_name("generation_config.json")
+    config = train.parse_config(train.read_json(path), train.read_json(generation) if generation.exists() else None)
+    dtype = dtype or ("float32" if device == "cpu" else config.raw.get("dtype") or "float32")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = train.empty_model(config, dtype, device).requires_grad_(False)
+    tensors = {}
+    for file in sorted(set((files := train.shards(folder)).values())):
+        with train.open_shard(file) as f:
+            tensors.update({name: f.get_tensor(name).to(device) for name in f.keys() if files.get(name) == file})
+    for place, parent, name, linear in list(linears(model)):
+        shell = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        smooth = torch.ones(linear.in_features, device="meta") if f"{place}.smooth" in tensors else None
+        setattr(parent, name, QUANTIZED[kind](shell, group, **(dict(smooth=smooth) if smooth is not None else {})))
+    like = model.embed.weight.new_zeros(()).expand(model.embed.weight.shape)
+    model.embed = Table(torch.nn.Embedding(*like.shape, device="meta"))
+    model.embed.like = like
+    own = dict(model.named_parameters())
+    try:
+        model.load_state_dict({k: t.to(dtype) if k in own else t for k, t in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: its tensors are not those of its config.json ({str(error).splitlines()[1].strip()})"
+                        ) from None
+    return model.requires_grad_(False).eval(), train.load_tokenizer(folder, config.eos_ids)
 
 
 class Summed(torch.nn.Module):
@@ -224,9 +802,6 @@ def divide(model, processes):
         rows(mlp.gate_up, [c.hidden, c.hidden])
         a.H, a.G, a.out, mlp.down = a.H // n, a.G // n, columns(a.out), columns(mlp.down)
     model.config = replace(c, heads=c.heads // n, kv_heads=c.kv_heads // n, hidden=c.hidden // n)
-
-
-QUANTIZED = {"int8": Int8}                                                   # --quantize → the layer
 
 
 # --- 2. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
@@ -1548,7 +2123,12 @@ class Step(torch.nn.Module):
 class LLM:
     """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made.
 
-    quantize            "int8": linear layers in a quarter of the memory; None: as they are
+    quantize            linear layers in fewer bits: "int8"; in 4 bits "int4", or "gptq", "awq", which are closer; "fp8";
+                        None: as they are
+    group_size          weights that share a scale in 4 bits
+    calibration         token ids, or what makes them when called, for gptq, awq and wanda: text that is not scored
+    prune, sparsity     "magnitude" or "wanda": weights that count least become zero, that share of each row, or "2:4"
+    save                a folder to write the model to as it now is
     kv_cache_dtype      "int8": keys and values in a quarter of the memory; None: as the weights
     block_size          tokens a block of the cache
     num_blocks          blocks in all; None: as many as a part of the memory holds, or all sequences could ever use
@@ -1560,32 +2140,47 @@ class LLM:
     num_draft_tokens    tokens it guesses at most
     device, dtype       as in `train.load`
     compile             decode steps of fixed shape: on GPUs CUDA graphs, the default there; on a CPU compiled, for
-                        max_num_seqs in step and not with int8 or prefix_caching: for benchmarks
+                        max_num_seqs in step and without an int8 cache or prefix_caching: for benchmarks
 
     Below `generate` stand `requests` (checks), `add`, `step` and `abort`: what a server runs on.
     """
 
     def __init__(self, folder, device=None, dtype=None, quantize=None, kv_cache_dtype=None, block_size=16,
                  num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, draft=None,
-                 num_draft_tokens=4, compile=None):
+                 num_draft_tokens=4, compile=None, group_size=64, calibration=None, prune=None, sparsity=0.5, save=None):
         for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
                             ("max_num_batched_tokens", max_num_batched_tokens), ("num_draft_tokens", num_draft_tokens)):
             if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1")
-        if quantize not in (None, *QUANTIZED):
-            raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
+        check_quantize(quantize, group_size, prune, sparsity, train.pick_device(device))
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
         self.processes = train.Processes()                                   # torchrun's: each does its part of all
-        self.model, self.tokenizer = load(folder, device, dtype)
+        self.model, self.tokenizer = open_folder(folder, device, dtype)
+        self.quantize = (self.model.config.raw.get("quantization_config") or {}).get("method")
+        if self.quantize and (quantize or prune or self.processes.size > 1):
+            raise UserError(f"{folder}: its weights are in fewer bits already ({self.quantize}); it runs as it is, in one "
+                            "process")
         if self.processes.size > 1:
+            if prune or save or quantize in ("gptq", "awq"):
+                raise UserError("several processes take int8 or int4 to nearest; pruning, gptq, awq and saving want one")
             divide(self.model, self.processes)
+        self.told = None
+        if quantize or prune:
+            ids = calibration() if callable(calibration) else calibration
+            if ids is None and (prune == "wanda" or quantize in ("gptq", "awq")):
+                raise ValueError("calibration is None: gptq, awq and wanda want token ids")
+            self.told = compress(self.model, quantize, group_size, ids, prune, sparsity)
+            self.quantize = quantize
+        if save:
+            save_compressed(self.model, self.tokenizer, save)
         c, weight = self.model.config, self.model.embed.weight
-        self.quantize = quantize
-        self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
-        self.weight_bytes = self.weights * (1 if quantize else weight.element_size())
-        layers_in(self.model, QUANTIZED[quantize]) if quantize else quicken(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, Compressed)]
+        plain = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied or layers else weight.numel())
+        self.weights = plain + sum(layer.in_features * layer.out_features for layer in layers)
+        self.weight_bytes = plain * weight.element_size() + sum(layer.read() for layer in layers)
+        ready(self.model) if self.quantize else quicken(self.model)
         self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
         self.endless = not set(c.layers) & {*"aA"}                           # states alone: texts of any length
         self.room = math.inf if self.endless else c.context
@@ -1823,7 +2418,7 @@ class LLM:
             return train.Graph(fresh, tokens, positions, *places, pool=self.pool)
         import torch._inductor.config as inductor
         step = torch.compile(step, dynamic=False, fullgraph=True)
-        several = tokens.numel() > 1
+        several = tokens.numel() > 1 and not self.quantize
         with inductor.patch(**dict(freezing=True, max_autotune=True,         # weights laid out for so many rows
                                    max_autotune_gemm_backends="CPP") if several else {}):
             step(tokens, positions, *places)
@@ -2094,7 +2689,112 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
                 bound_share=max(products, reads) / seconds)
 
 
-# --- 10. The server: OpenAI's interface on the engine -----------------------------------------------------------------
+def corpus_of(args):
+    """The text of --data with the model's own tokens: its training part calibrates, its validation part is scored."""
+    return train.load_corpus(args.data, "bpe", None, train.load_tokenizer(args.model))
+
+
+SCORED = 2 ** 16                                                             # bytes of validation text
+
+
+def compare(args):
+    """Each way to compress a model, measured → a table, compare.png and a recommendation. The text that is scored is not
+    the text that calibrates. Each model is written to a folder and read back, so sizes and bits are those of a user.
+    """
+    ways = ["float32", "int8", "int4", "awq", "gptq"]
+    device = train.pick_device(args.device)
+    with contextlib.suppress(UserError):
+        check_quantize("fp8", args.group_size, None, 0.5, device)
+        ways.append("fp8")
+    corpus, rows = corpus_of(args), []
+    text = (corpus.folder / "val.txt").read_bytes()[:SCORED].decode("utf-8", errors="ignore")
+    machine = measure(device, 0.3)
+    bar = train.tqdm(total=len(ways), desc="compare", leave=False, **train.quiet_bar())
+    with bar, tempfile.TemporaryDirectory() as folder:
+        for way in ways:
+            bar.set_description(way)
+            rows.append(compared(args, way, corpus, text, machine, Path(folder) / way))
+            bar.update()
+    base = rows[0]
+    lost = {r["way"]: r["bits_per_byte"] / base["bits_per_byte"] - 1 for r in rows}
+    fit = [r for r in rows[1:] if lost[r["way"]] <= 0.01] or [min(rows[1:], key=lambda r: lost[r["way"]])]
+    best = max(fit, key=lambda r: r["decode_1"])
+    best = best if best["decode_1"] > base["decode_1"] else min(fit, key=lambda r: r["memory"])
+    if args.json:
+        show(json.dumps(dict(rows=rows, recommended=best["way"])), end="\n")
+    else:
+        show(f"{'':8} bits/byte    lost  disk MB  memory MB  tok/s at 1  of bound  tok/s at 8  of bound  prefill\n")
+        for r in rows:
+            show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:8.1f} "
+                 f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
+                 f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
+        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, {base['disk'] / best['disk']:.1f} times "
+             f"smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
+    plot_compared(rows, Path("compare.png"))
+
+
+def compared(args, way, corpus, text, machine, folder):
+    """One row of `compare`."""
+    options = dict(device=args.device, dtype=args.dtype)
+    if way == "float32":
+        made, folder = None, Path(args.model)
+    else:
+        made = LLM(args.model, **options, quantize=way, group_size=args.group_size, calibration=corpus.train, save=folder)
+    llm = made or LLM(folder, **options)
+    row = dict(way=way, bits_per_byte=score(llm, text)["bits_per_byte"], memory=memory_held(llm.model),
+               disk=sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+    del made, llm
+    for batch in (1, 8):
+        new, prompt = 32, min(args.prompt_tokens, 64)
+        llm = LLM(folder, **options, max_num_seqs=batch, num_blocks=batch * -(-(prompt + new + 1) // 16),
+                  prefix_caching=False, compile=bool(args.compile))
+        prompt = max(1, min(prompt, llm.room - new))
+        r = bench(llm, machine, batch, prompt, new)
+        row |= {f"decode_{batch}": r["decode_tokens_per_second"], f"share_{batch}": r["bound_share"]}
+    llm = LLM(folder, **options, max_num_seqs=1, prefix_caching=False, compile=False)
+    return row | dict(prefill=bench(llm, machine, 1, min(512, llm.room - 2), 1)["prefill_tokens_per_second"])
+
+
+def memory_held(model):
+    """Bytes of a model's weights as they lie in memory, copies in another order included."""
+    whole = sum(w.numel() * w.element_size() for w in {w.data_ptr(): w for w in model.parameters()}.values())
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            whole += module.held()
+        elif isinstance(module, Table):
+            whole += module.q.numel() + 4 * module.scale.numel()
+        elif getattr(module, "packed", None) is not None:
+            whole += module.weight.numel() * module.weight.element_size()
+    return whole
+
+
+def plot_compared(rows, path):
+    """compare.png: what each way costs in bits per byte, and what it gives in size and speed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), dpi=120, layout="constrained")
+    for r in rows:
+        left.plot(r["disk"] / 1e6, r["bits_per_byte"], "o", color="#08519c")
+        left.annotate(r["way"], (r["disk"] / 1e6, r["bits_per_byte"]), xytext=(6, 4), textcoords="offset points")
+    left.set(xlabel="MB on disk", ylabel="bits per byte", xlim=(0, None))
+    places = np.arange(len(rows))
+    for shift, batch, color in ((-0.2, 1, "#08519c"), (0.2, 8, "#6baed6")):
+        right.bar(places + shift, [r[f"decode_{batch}"] for r in rows], 0.4, color=color, label=f"batch {batch}")
+    right.set(ylabel="tokens/s", xticks=places, xticklabels=[r["way"] for r in rows])
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15, y=0.15)
+    with train.replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    plt.close(figure)
+
+
+# --- 10. The command line ---------------------------------------------------------------------------------------------
+
+
+# --- 11. The server: OpenAI's interface on the engine -----------------------------------------------------------------
 #
 # Three places of work, so that none holds up another. The event loop reads and writes sockets and computes nothing. One
 # worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
@@ -2985,7 +3685,9 @@ def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
         log.close()
 
 
-# --- 11. The command line ---------------------------------------------------------------------------------------------
+# --- 12. The command line ---------------------------------------------------------------------------------------------
+
+
 
 def arguments():
     """The command line, as a parser."""
@@ -3016,7 +3718,16 @@ def arguments():
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of weights and cache (float32 on a CPU, else the folder's)")
-    p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are)")
+    p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are); int4 "
+                   "rounds to nearest, gptq and awq are the same size and closer, by calibration text")
+    p.add_argument("--group-size", type=positive(int), default=64, help="weights that share a scale in 4 bits (%(default)s)")
+    p.add_argument("--data", help="calibration text for gptq, awq and wanda: a file, a folder or a glob, of which the "
+                   "training part is read (the Python standard library)")
+    p.add_argument("--prune", choices=PRUNED, help="set the weights that count least to zero")
+    p.add_argument("--sparsity", type=sparsity, default=0.5, help="their share of each row, or 2:4, two of four (%(default)s)")
+    p.add_argument("--save", metavar="DIR", help="write the compressed model, and end unless there is a prompt")
+    p.add_argument("--compare", action="store_true", help="measure each way to compress the model: a table, a plot "
+                   "(compare.png) and which to take")
     p.add_argument("--kv-cache-dtype", choices=["int8"], help="of keys and values (as the weights)")
     p.add_argument("--block-size", type=positive(int), default=16, help="tokens a block of the cache (%(default)s)")
     p.add_argument("--num-blocks", type=positive(int), help="blocks of the cache (what a part of the memory holds)")
@@ -3047,6 +3758,14 @@ def arguments():
     p.add_argument("--prompt-tokens", type=positive(int), default=32, help="for --bench")
     p.add_argument("--new-tokens", type=positive(int), default=64, help="for --bench")
     return p
+
+
+def sparsity(text):
+    """--sparsity, for the parser."""
+    value = text if text == "2:4" else float(text)
+    if value != "2:4" and not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share from 0 to below 1, or 2:4")
+    return value
 
 
 def show(text, end=""):
@@ -3144,18 +3863,32 @@ def main(argv=None):
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
-        if sum([bool(args.score), args.bench, args.bench_serving, args.serve, args.prompt is not None]) > 1:
-            raise UserError("a prompt, --score, --bench, --bench-serving and --serve: give one of them")
+        if sum([bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None]) > 1:
+            raise UserError("a prompt, --score, --bench, --bench-serving, --compare and --serve: give one of them")
+        if args.save and not (args.quantize or args.prune):
+            raise UserError("--save writes a compressed model: give --quantize or --prune")
         text = train.read_text(args.score) if args.score else None
         options = {k: getattr(args, k) for k in ("device", "dtype", "quantize", "kv_cache_dtype", "block_size",
                                                  "num_blocks", "max_num_seqs", "max_num_batched_tokens",
-                                                 "prefix_caching", "draft", "num_draft_tokens", "compile")}
+                                                 "prefix_caching", "draft", "num_draft_tokens", "compile", "group_size",
+                                                 "prune", "sparsity", "save")}
+        options["calibration"] = once(lambda: corpus_of(args).train)
+        if args.compare:
+            compare(args)
+            return 0
         if args.bench:                                                       # all of the batch in step
             room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
             options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
                             max_num_batched_tokens=max(args.max_num_batched_tokens, args.batch * args.prompt_tokens),
-                            compile=args.compile is not False and not args.quantize and train.compiler_there())
+                            compile=args.compile is not False and train.compiler_there())
         llm = LLM(args.model, **options)
+        if llm.told:
+            nearest = llm.told["nearest"]
+            print(f"{args.quantize or args.prune}: {llm.told['layers']} layers" +
+                  (f", {len(nearest)} of them rounded to nearest, as calibration says nothing of them: "
+                   f"{', '.join(nearest[:3])}{' …' if len(nearest) > 3 else ''}" if nearest else ""), file=sys.stderr)
+        if args.save and args.prompt is None and not (args.score or args.bench or args.bench_serving):
+            return 0
         sampling.check(llm.model.config.vocab)
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
