@@ -2791,10 +2791,7 @@ def plot_compared(rows, path):
     plt.close(figure)
 
 
-# --- 10. The command line ---------------------------------------------------------------------------------------------
-
-
-# --- 11. The server: OpenAI's interface on the engine -----------------------------------------------------------------
+# --- 10. The server: OpenAI's interface on the engine -----------------------------------------------------------------
 #
 # Three places of work, so that none holds up another. The event loop reads and writes sockets and computes nothing. One
 # worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
@@ -3685,7 +3682,7 @@ def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
         log.close()
 
 
-# --- 12. The command line ---------------------------------------------------------------------------------------------
+# --- 11. The command line ---------------------------------------------------------------------------------------------
 
 
 
