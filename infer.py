@@ -3913,6 +3913,8 @@ def main(argv=None):
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
         elif args.serve:
+            if llm.processes.size > 1:
+                raise UserError("--serve: one process serves; start it without torchrun")
             serve(llm, args.host, args.port, args.api_key, args.max_queue, args.timeout)
         elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)

@@ -162,3 +162,24 @@ def launch(target):
 def test_kernels_of_routing_compile_ahead_without_spills(tmp_path):
     for made in ahead(AHEAD_MOD, M, set(), tmp_path).values():
         assert not any(kernel["memory"] or kernel["scalar"] for kernel in made)
+
+
+def test_isoflop_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "KINDS", M.KINDS[:2] + M.KINDS[-1:])
+    monkeypatch.setattr(M, "token_milliseconds", lambda model: 1.0)
+    monkeypatch.setattr(M, "some_text", lambda: torch.arange(20_000).remainder(97).split([18_000, 2_000]))
+    code, out, _ = run(M, "--isoflop", "--minutes", 1e-6, "--out", tmp_path)
+    assert code == 0 and (tmp_path / "isoflop.png").exists() and out.count("aAaA") == 8
+    monkeypatch.setattr(M, "train_tiny", None)
+    again = run(M, "--isoflop", "--minutes", 1e-6, "--out", tmp_path)[1]
+    assert again.splitlines()[1:] == out.splitlines()[1:]
+    code, _, err = run(M, "--isoflop", "--minutes", 0)
+    assert code == 2 and "--minutes" in err
+
+
+def test_what_a_router_takes_is_shown_in_the_text():
+    model = M.Tiny("aA", 32, 0.5)
+    text = torch.tensor(list(b"def f(x): return x"))
+    marked, share = M.show_choice(model, text, 1)
+    assert marked.replace("‹", "").replace("›", "") == "def f(x): return x" and marked.count("‹") == marked.count("›")
+    assert 0 <= share <= 1
