@@ -135,13 +135,18 @@ def no_op_expert_numpy(x, w, experts, capacity):
     return y
 
 
+def predictor_width(C):
+    return max(8, C // 8)
+
+
 def block_flops(T, C, hidden, H, G, D, capacity=1.0):
     """FLOPs of a forward pass of a block `a` over T tokens of which it takes ⌈capacity · T⌉: products of q, k, v, out, of
-    the MLP, of attention (its causal half), and of the router where there is one.
+    the MLP, of attention (its causal half), and of the router and the predictor where there are any.
     """
     k = count(capacity, T)
     products = 2 * k * C * ((H + 2 * G) * D + H * D + 3 * hidden)
-    return products + 2 * k * (k + 1) * H * D + (2 * T * C if capacity < 1 else 0)
+    decision = 2 * T * (C + (C + 1) * predictor_width(C) + 1) if capacity < 1 else 0
+    return products + 2 * k * (k + 1) * H * D + decision
 
 
 # --- 2. The kernels: a program a row, each row written by one ---------------------------------------------------------
@@ -319,6 +324,13 @@ class _PackedStates:
             one.update(*own)
 
 
+def _quantile(scores, share):
+    """torch.quantile, which refuses more than 2²⁴ numbers, by its definition: between two of the sorted."""
+    at = share * (len(scores) - 1)
+    low, high = scores.sort().values[[math.floor(at), math.ceil(at)]]
+    return torch.lerp(low, high, at - math.floor(at))
+
+
 class MixtureOfDepths(nn.Module):
     """A block that takes ⌈capacity · T⌉ of the tokens: called as the block is, x [B, T, C] → [B, T, C].
 
@@ -327,18 +339,22 @@ class MixtureOfDepths(nn.Module):
 
     A state's `chosen(keep [B, T])` gives the block's own state for the tokens it takes (`RoutedState`; infer.py has
     others). In training `auxiliary` is the predictor's loss, to be added, and `counts` what `agreement` reads.
-    ValueError unless 0 < capacity ≤ 1.
+    C: channels; None: what the block's first norm has. ValueError unless 0 < capacity ≤ 1.
+
+    Training knows no padding: all T tokens of a sequence compete. A sequence of one token goes through whole, and so
+    does everything at a capacity of 1.
     """
 
-    def __init__(self, block, C, capacity=0.125, routing="topk"):
+    def __init__(self, block, capacity=0.125, routing="topk", C=None):
         super().__init__()
         count(capacity, 1)
         if routing not in ("topk", "threshold"):
             raise ValueError(f"routing is {routing!r}: it must be 'topk' or 'threshold'")
+        C = C or next(len(w) for w in block.parameters() if w.ndim == 1)     # a block begins with the gains of its norm
         self.block, self.capacity, self.routing = block, capacity, routing
         self.router = nn.Linear(C, 1, bias=False)
         if routing == "topk":
-            self.predictor = nn.ModuleList([nn.Linear(C, max(8, C // 8)), nn.Linear(max(8, C // 8) + 1, 1)])
+            self.predictor = nn.ModuleList([nn.Linear(C, predictor_width(C)), nn.Linear(predictor_width(C) + 1, 1)])
         else:
             self.register_buffer("threshold", torch.tensor(math.nan))        # until the first batch says
         self.auxiliary, self.quantiles = 0.0, []
@@ -353,18 +369,17 @@ class MixtureOfDepths(nn.Module):
     def forward(self, x, positions, state=None):
         shape = B, T, C = x.shape
         flat = x.flatten(0, 1)
-        scores = self.router(flat)[:, 0].float()                             # [B · T]
+        scores = self.router(flat)[:, 0]                                     # [B · T], of at least float32
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.training and state is None and self.routing == "topk":
-            k = count(self.capacity, T)
-            chosen = scores.view(B, T).sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-            rows = (chosen + torch.arange(B, device=x.device)[:, None] * T).flatten()
+            rows = self.top_rows(scores.detach().view(B, T))
             self.learn(flat.detach(), scores.detach(), rows)
-            packed, inner = (B, k), None
+            packed, inner = (B, len(rows) // B), None
         else:
-            keep = self.decide(flat, scores)
+            keep = self.decide(flat, scores).cpu()                           # the one wait for a GPU
             if self.training:
-                self.quantiles.append(torch.quantile(scores.detach(), 1 - self.capacity))
-            rows = keep.nonzero()[:, 0]
+                self.quantiles.append(_quantile(scores.detach(), 1 - self.capacity))
+            rows = keep.nonzero()[:, 0].to(x.device)
             inner = (state or self.apart(B)).chosen(keep.view(B, T))
             if inner is None:                                                # none: and no wait for the block
                 return x
@@ -377,13 +392,19 @@ class MixtureOfDepths(nn.Module):
             flat = flat.clone()                                              # it is written to, and may be the caller's
         return scatter_add_rows(flat, rows, update, weight.to(update.dtype)).view(shape)
 
+    def top_rows(self, scores):
+        """scores [B, T] → rows [B · k] among all B · T: `top_rows_numpy`."""
+        (B, T), k = scores.shape, count(self.capacity, scores.shape[1])
+        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        return (chosen + torch.arange(B, device=scores.device)[:, None] * T).flatten()
+
     def decide(self, x, scores):
         """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
         if self.routing == "topk":
             return self.predicted(x, scores) > 0
         bar = self.threshold
         if self.training and torch.isnan(bar):
-            bar = torch.quantile(scores.detach(), 1 - self.capacity)
+            bar = _quantile(scores.detach(), 1 - self.capacity)
         return scores > bar
 
     def predicted(self, x, scores):
@@ -394,7 +415,7 @@ class MixtureOfDepths(nn.Module):
 
     def learn(self, x, scores, rows):
         """The predictor's loss, on what was chosen; no gradient goes on to x or the router."""
-        logits = self.predicted(x, scores).float()
+        logits = self.predicted(x, scores).to(scores.dtype)
         wanted = torch.zeros_like(logits).index_fill_(0, rows, 1.0)
         self.auxiliary = F.binary_cross_entropy_with_logits(logits, wanted)
         with torch.no_grad():
