@@ -29,9 +29,13 @@ Mixture of Depths: Raposo et al. 2024, arXiv 2404.02258; the threshold: Expert T
 `python mod.py --isoflop` trains routed models and plain ones with equal FLOPs.
 """
 import argparse
+import json
 import math
+import os
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +43,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import MLP, Attention, Block, KVCache, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq, tl, triton
+from attention import (MLP, Attention, Block, KVCache, RMSNorm, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq, tl,
+                       triton)
 
 
 # --- 1. Routing, in NumPy ---------------------------------------------------------------------------------------------
@@ -446,3 +451,346 @@ def agreement(counts):
     """
     right, total, both, either = torch.stack(counts).sum(0).tolist()
     return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, both + either)) if total else {}
+
+
+# --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
+
+BYTES = 256                                                                  # a token is a byte
+
+
+class Stack(nn.Module):
+    """A model small enough to train here: tokens [B, T] → logits [B, T, 256]. letters: `a` a block, `A` a routed one."""
+
+    def __init__(self, C, letters, capacity=0.125, routed=MixtureOfDepths, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.C, self.H, self.G, self.D, self.hidden = C, C // 32, max(1, C // 64), 32, 8 * C // 3
+        self.capacities = [capacity if letter == "A" else 1.0 for letter in letters]
+        rotary = Rotary(rotary_inv_freq(self.D))
+        block = lambda: Block(Attention(C, self.H, self.G, self.D, rotary), MLP(C, self.hidden), C)
+        self.embed, self.norm, self.head = nn.Embedding(BYTES, C), RMSNorm(C), nn.Linear(C, BYTES, bias=False)
+        self.blocks = nn.ModuleList(routed(block(), capacity) if letter == "A" else block() for letter in letters)
+        self.routed = [block for block in self.blocks if isinstance(block, MixtureOfDepths)]
+        for block in self.routed:
+            block.initialize(torch.Generator().manual_seed(seed))
+
+    def forward(self, tokens, positions=None, states=None):
+        x = self.embed(tokens)
+        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
+            x = block(x, positions, state)
+        return self.head(self.norm(x))
+
+    def states(self, capacity):
+        """Empty states for one sequence of up to `capacity` tokens."""
+        cache = lambda: KVCache(1, self.G, capacity, self.D)
+        return [RoutedState([cache()]) if block in self.routed else cache() for block in self.blocks]
+
+    def flops(self, T):
+        """FLOPs of a forward pass over a sequence of T tokens; a training step costs three times that."""
+        blocks = (block_flops(T, self.C, self.hidden, self.H, self.G, self.D, c) for c in self.capacities)
+        return sum(blocks) + 2 * T * self.C * BYTES
+
+
+def library_text(most=2 ** 22):
+    """Text that every machine has: the standard library's source, as bytes. → training, validation: int64 arrays."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py"))
+             if "test" not in path.parts[len(root.parts)] and "packages" not in path.parts[len(root.parts)]]
+    np.random.default_rng(0).shuffle(files)
+    text = b"".join(path.read_bytes() for path in files)[:most]
+    if len(text) < 2 ** 16:
+        raise ValueError(f"{root} holds no Python source to train on")
+    data = np.frombuffer(text, np.uint8).astype(np.int64)
+    return data[:-len(data) // 10], data[-len(data) // 10:]
+
+
+def windows(data, starts, T):
+    """→ tokens [B, T] and the ones that follow them."""
+    cut = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]))
+    return cut[:, :-1], cut[:, 1:]
+
+
+def train_stack(model, data, steps, B=16, T=128, rate=3e-3, seconds=math.inf, seed=0, say=lambda step, loss: None):
+    """Adam, `rate` warmed up and then falling to zero by steps or by seconds, whichever end is nearer. → steps taken."""
+    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
+    rng, begin, done, step = np.random.default_rng(seed), time.perf_counter(), 0.0, 0
+    model.train()
+    while done < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - done)
+        tokens, targets = windows(data, rng.integers(0, len(data) - T - 1, B), T)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        (loss + sum(block.auxiliary for block in model.routed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        done = max(step / steps, (time.perf_counter() - begin) / seconds)
+        say(step, loss)
+    return step
+
+
+@torch.no_grad()
+def validation(model, data, T=128, B=16, batches=8):
+    """Nats a token over windows spread over all of `data`: as generation routes, and as training did."""
+    starts, losses = np.linspace(0, len(data) - T - 1, B * batches).astype(int).reshape(batches, B), []
+    for training in (False, True):
+        model.train(training)
+        pairs = (windows(data, some, T) for some in starts)
+        losses.append(float(np.mean([F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() for x, y in pairs])))
+    return losses
+
+
+@torch.no_grad()
+def generate(model, prompt, n):
+    """Greedy: prompt [T] and n more tokens, each from the states of those before it. → tokens, seconds a new token."""
+    model.eval()
+    tokens, states = list(prompt), model.states(len(prompt) + n)
+    logits = model(torch.tensor([tokens]), torch.arange(len(tokens)), states)
+    begin = time.perf_counter()
+    for _ in range(n):
+        tokens.append(int(logits[0, -1].argmax()))
+        logits = model(torch.tensor([tokens[-1:]]), torch.tensor([len(tokens) - 1]), states)
+    return tokens, (time.perf_counter() - begin) / n
+
+
+@torch.no_grad()
+def choices(model, tokens):
+    """tokens [T] → for each routed block, which of them it takes, [T] bool, as generation decides."""
+    taken, model = [], model.eval()
+    hooks = [block.register_forward_hook(lambda block, args, y: taken.append((args[0] != y).any(-1)[0]))
+             for block in model.routed]
+    model(torch.as_tensor(tokens)[None])
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
+def marked(tokens, taken, color):
+    """The text with each chosen stretch in reverse video, or between ‹ and › where the output has no colors."""
+    on, off = ("\033[7m", "\033[0m") if color else ("‹", "›")
+    edges = np.diff(np.concatenate([[0], taken, [0]]).astype(int))
+    return "".join((off if edge < 0 else on if edge > 0 else "") + chr(token)
+                   for token, edge in zip([*tokens, 32], edges)).rstrip()
+
+
+def compare_forms():
+    """The largest differences between the forms → [(what, how far apart)]."""
+    rng, T, C = np.random.default_rng(0), 33, 8
+    W, w, x, dy = (rng.standard_normal(shape) for shape in ((C, C), (C,), (2, T, C), (2, T, C)))
+    f, back = lambda x: np.tanh(x @ W), lambda x, g: (g * (1 - np.tanh(x @ W) ** 2)) @ W.T
+    dx, dw = mixture_backward_numpy(x, w, f, 0.25, grad=dy, f_backward=back)
+    bump = 1e-6 * rng.standard_normal(x.shape)
+    slope = ((mixture_numpy(x + bump, w, f, 0.25) - mixture_numpy(x - bump, w, f, 0.25)) * dy).sum() / 2
+    rows = [("NumPy's gradient, finite differences", abs(slope / (dx * bump).sum() - 1))]
+
+    class Layer(nn.Module):
+        def delta(self, x, positions, state=None):
+            return torch.tanh(x @ torch.tensor(W))
+    layer = MixtureOfDepths(Layer(), 0.25, C=C).double()
+    layer.router.weight.data = torch.tensor(w)[None]
+    tx = torch.tensor(x, requires_grad=True)
+    y = layer(tx, torch.arange(T))
+    y.backward(torch.tensor(dy))
+    pairs = ((y, mixture_numpy(x, w, f, 0.25)), (tx.grad, dx), (layer.router.weight.grad[0], dw))
+    rows.append(("torch, NumPy: y, dx and dw", max(np.abs(a.detach().numpy() - b).max() for a, b in pairs)))
+    return rows
+
+
+@torch.no_grad()
+def compare_prefills(model, tokens):
+    """Logits of one text, prefilled whole, in chunks of 7, and token by token → the largest difference."""
+    model.eval()
+    T = len(tokens)
+    at, tokens, outputs = torch.arange(T), torch.as_tensor(tokens)[None], []
+    for size in (T, 7, 1):
+        states = model.states(T)
+        outputs.append(torch.cat([model(tokens[:, i:i + size], at[i:i + size], states) for i in range(0, T, size)], 1))
+    return max((a - outputs[0]).abs().max().item() for a in outputs[1:])
+
+
+def compare_times(lengths, C=256, capacity=0.125):
+    """Print FLOPs and measured time, forward and backward, of a block and of the same block routed."""
+    H, G, D, hidden = C // 32, C // 64, 32, 8 * C // 3
+    block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, hidden), C)
+    routed = MixtureOfDepths(block, capacity)
+    print(f"\nOne block, {C} wide, forward and backward, batch 1, capacity {capacity}:\n"
+          f"{'T':>6}{'full':>14}{'routed':>12}{'full':>14}{'routed':>12}{'of FLOPs':>12}{'of time':>10}")
+    for T in lengths:
+        x, positions = torch.randn(1, T, C, requires_grad=True), torch.arange(T)
+
+        def plain():
+            block(x, positions).sum().backward()
+
+        def some():
+            y = routed(x, positions)
+            (y.sum() + routed.auxiliary).backward()
+        flops = [3 * block_flops(T, C, hidden, H, G, D, c) for c in (1.0, capacity)]
+        times = [_milliseconds(work, "cpu", tries=3 if T < 4096 else 1) for work in (plain, some)]
+        print(f"{T:>6}{flops[0] / 1e6:>9,.0f} MFLOP{flops[1] / 1e6:>6,.0f} MFLOP{times[0]:>11,.1f} ms{times[1]:>9,.1f} ms"
+              f"{flops[1] / flops[0]:>11.3f}×{times[1] / times[0]:>9.3f}×", flush=True)
+
+
+def show(seconds=6.0):
+    """What a router chooses on a text, what a routed block saves, and that the forms agree."""
+    data, held_out = library_text()
+    shown, T = sys.stdout.isatty(), 128
+    print(f"A stack of aAaA, the A routed at a capacity of 0.125, reads Python's library for {seconds:.0f} s:", flush=True)
+    model = Stack(96, "aAaA")
+    say = lambda step, loss: shown and step % 10 == 0 and print(f"\rstep {step}, {loss:.2f} nats", end="", flush=True)
+    steps = train_stack(model, data, 10 ** 9, B=8, T=T, seconds=seconds, say=say)
+    told = agreement([block.counts for block in model.routed])
+    causal, topk = validation(model, held_out, T, batches=2)
+    print("\r" * shown + f"{steps} steps; on text held out {causal:.3f} nats a byte as generation routes, {topk:.3f} as "
+          f"training did.\nThe predictors said what top-k chose in {told['router_agreement']:.1%} of cases "
+          f"(saying no each time: 87.5%), F1 {told['router_f1']:.2f}.")
+    start = np.flatnonzero(held_out == 10)[20] + 1
+    tokens = held_out[start:start + 360]
+    for number, taken in zip((2, 4), choices(model, tokens)):
+        print(f"\nblock {number} takes {taken.float().mean():.1%} of this text:\n"
+              + marked(tokens, taken.numpy(), shown), flush=True)
+    compare_times([256, 512, 1024, 2048, 4096])
+    print("\nHow far apart the forms are:")
+    for what, error in [*compare_forms(), ("prefilled whole, in chunks, by token", compare_prefills(model, tokens[:64]))]:
+        print(f"    {what:40}{error:.0e}")
+
+
+class RandomDepths(MixtureOfDepths):
+    """The experiment's control: as many tokens, by chance."""
+
+    def top_rows(self, scores):
+        return super().top_rows(torch.rand_like(scores))
+
+    def decide(self, x, scores):
+        return torch.rand_like(scores) < self.capacity
+
+
+SIZES = [(64, 4), (128, 4), (128, 8), (192, 6)]                              # channels, blocks
+VARIANTS = {"baseline": ("a", 1.0, MixtureOfDepths), "routed, 0.125": ("A", 0.125, MixtureOfDepths),
+            "routed, 0.5": ("A", 0.5, MixtureOfDepths), "random, 0.125": ("A", 0.125, RandomDepths)}
+
+
+def make_stack(C, blocks, variant):
+    letter, capacity, routed = VARIANTS[variant]
+    return Stack(C, "a" + "".join(letter if i % 2 else "a" for i in range(1, blocks)), capacity, routed)
+
+
+def isoflop_budget(seconds, data, B, T):
+    """Training FLOPs for each run, so that all of them together take so many seconds here."""
+    each = []
+    for C, blocks in SIZES:
+        for variant in VARIANTS:
+            model = make_stack(C, blocks, variant)
+            train_stack(model, data, 2, B, T)                                # the first steps warm up
+            begin = time.perf_counter()
+            train_stack(model, data, 3, B, T)
+            each.append((time.perf_counter() - begin) / (3 * 3 * B * model.flops(T)))
+    return seconds / sum(each)
+
+
+def isoflop(minutes, out, B=16, T=128):
+    """Baseline, routed and random stacks of a few sizes, all trained with equal FLOPs: loss against what they then cost.
+
+    A line of `isoflop.jsonl` in `out` a run, so that a stopped experiment goes on with the next; at the end a table and
+    `isoflop.png`.
+    """
+    data, held_out = library_text()
+    out.mkdir(parents=True, exist_ok=True)
+    log, shown = out / "isoflop.jsonl", sys.stderr.isatty()
+    rows = read_rows(log)
+    if rows:
+        budget = rows[0]["training_flops"]
+        print(f"{len(rows)} runs of {len(SIZES) * len(VARIANTS)} are in {log}: going on with their budget", flush=True)
+    else:
+        budget = isoflop_budget(60 * minutes * 0.85, data, B, T)
+    print(f"{budget:.2e} training FLOPs a run, batches of {B} · {T} bytes\n{'C':>5}{'blocks':>7}  {'variant':15}{'steps':>7}"
+          f"{'FLOPs a byte':>14}{'nats':>8}{'by top-k':>10}{'ms a byte':>11}", flush=True)
+    finished = {(row["C"], row["blocks"], row["variant"]) for row in rows}
+    for C, blocks in SIZES:
+        for variant in VARIANTS:
+            if (C, blocks, variant) not in finished:
+                rows.append(isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown))
+                with open(log, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(rows[-1]) + "\n")
+            print(row_text(next(row for row in rows if (row["C"], row["blocks"], row["variant"]) == (C, blocks, variant))),
+                  flush=True)
+    plot(rows, out / "isoflop.png")
+    print(f"{out / 'isoflop.png'}")
+
+
+def read_rows(log):
+    """The finished runs of a log, whose last line may have been cut off."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        log.write_text("".join(whole), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
+def isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown):
+    """One run of the experiment → its line."""
+    model = make_stack(C, blocks, variant)
+    steps = max(1, round(budget / (3 * B * model.flops(T))))
+    say = lambda step, loss: shown and step % 10 == 0 and print(
+        f"\r{C}, {blocks}, {variant}: step {step} of {steps}, {loss:.2f} nats   ", end="", file=sys.stderr, flush=True)
+    begin = time.perf_counter()
+    train_stack(model, data, steps, B, T, say=say)
+    seconds = time.perf_counter() - begin
+    print("\r" + " " * 70 + "\r" if shown else "", end="", file=sys.stderr, flush=True)
+    causal, topk = validation(model, held_out, T)
+    decode = min(generate(model, held_out[:T // 2].tolist(), T // 2)[1] for _ in range(3))
+    told = agreement([block.counts for block in model.routed]) if model.routed else {}
+    return dict(C=C, blocks=blocks, variant=variant, training_flops=budget, steps=steps, seconds=seconds,
+                flops_per_token=model.flops(T) / T, val_loss=causal, topk_loss=topk, decode_seconds_per_token=decode, **told)
+
+
+def row_text(row):
+    return (f"{row['C']:>5}{row['blocks']:>7}  {row['variant']:15}{row['steps']:>7,}{row['flops_per_token']:>14,.0f}"
+            f"{row['val_loss']:>8.3f}{row['topk_loss']:>10.3f}{1000 * row['decode_seconds_per_token']:>11.2f}")
+
+
+def plot(rows, path):
+    """Loss against FLOPs a byte of a forward pass, and against the time a generated byte takes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, name, label, unit in ((axes[0], "flops_per_token", "MFLOP a byte, forward", 1e-6),
+                                    (axes[1], "decode_seconds_per_token", "ms a generated byte", 1e3)):
+        for variant in VARIANTS:
+            some = sorted((row[name] * unit, row["val_loss"]) for row in rows if row["variant"] == variant)
+            axis.plot(*zip(*some), "o-", label=variant)
+        axis.set(xlabel=label, xscale="log")
+    axes[0].set_ylabel("validation loss, nats a byte")
+    axes[1].legend()
+    figure.suptitle(f"Equal training FLOPs ({rows[0]['training_flops']:.1e})")
+    beside = path.with_suffix(".new.png")
+    figure.savefig(beside, dpi=120)
+    pyplot.close(figure)
+    os.replace(beside, path)
+
+
+def main(argv=None):
+    """Show what a router chooses on a text, what a routed block saves, and that the forms agree."""
+    p = argparse.ArgumentParser(prog="mod.py", description=main.__doc__)
+    p.add_argument("--isoflop", action="store_true", help="train routed stacks and plain ones with equal FLOPs")
+    p.add_argument("--minutes", type=float, help="how long the experiment may take (10)")
+    p.add_argument("--out", type=Path, help="the experiment's folder (out-isoflop); one that was stopped goes on there")
+    args = p.parse_args(argv)
+    try:
+        if not args.isoflop and (args.minutes is not None or args.out is not None):
+            raise ValueError("--minutes and --out belong to --isoflop")
+        if args.minutes is not None and not 0 < args.minutes < math.inf:
+            raise ValueError(f"--minutes is {args.minutes}: it must be above 0")
+        if args.isoflop:
+            isoflop(10.0 if args.minutes is None else args.minutes, args.out or Path("out-isoflop"))
+        else:
+            show()
+    except (ValueError, OSError) as error:
+        print(f"mod.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
