@@ -1,8 +1,8 @@
 """Mixture of Depths: not every token needs every layer.
 
-    A router gives each token of a sequence a score; the k = ⌈capacity · T⌉ highest go through the block, the others pass
-    by on the residual. So the block costs what k tokens cost, in training and in generation: a sequence of 2,048 with a
-    capacity of an eighth is 256 rows for the products and 256² / 2 scores for attention, a 64th of 2,048² / 2.
+    A router gives each token of a sequence a score; the k = ⌈capacity · T⌉ highest go through the block, the others
+    pass by on the residual. So the block costs what k tokens cost, in training and in generation: a sequence of 2,048
+    with a capacity of an eighth is 256 rows for the products and 256² / 2 scores for attention, a 64th of 2,048² / 2.
 
     s_i = w · x_i                r_i = sigmoid(s_i)                chosen: the k largest s_i of the sequence
     y_i = x_i + r_i f(x̃)_i      for the chosen; x̃ are they alone, in their order, with their true positions
@@ -13,8 +13,8 @@ The weight r_i lets the loss reach the router: dr_i = dy_i · f(x̃)_i, ds_i = r
 Which k are the largest only the end of a sequence tells, and a token that is being written has no future. Two causal
 stand-ins for the choice:
 
-    predictor   p_i = sigmoid(g(x_i)), trained beside to say whether i was chosen; its gradient ends at x
-    threshold   s_i > θ, θ the running mean of the batch's own (1 − capacity) quantile: one rule for training and writing
+    predictor   g(x_i, s_i − θ) > 0, trained beside to say whether i was chosen; its gradient ends at x and s
+    threshold   s_i > θ, θ the running mean of the batch's own (1 − capacity) quantile: one rule for both
 
     name        here           meaning
     x, y        [B, T, C]      the residual stream before and after
@@ -37,14 +37,16 @@ import sysconfig
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and "--isoflop" not in sys.argv:                   # the matrices are small: threads would
+    os.environ.setdefault("OMP_NUM_THREADS", "1")                            # wait for each other, not work
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, KVCache, RMSNorm, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq, tl,
-                       triton)
+from attention import (MLP, Attention, Block, KVCache, RMSNorm, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq,
+                       tl, triton)
 
 
 # --- 1. Routing, in NumPy ---------------------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def count(capacity, T):
 
 
 def top_rows_numpy(scores, capacity):
-    """scores [B, T] → rows [B · k]: of each sequence the k highest (of equals the earlier), in order, among all B · T."""
+    """scores [B, T] → rows [B · k]: the k highest of each sequence (of equals the earlier), in order, among B · T."""
     B, T = scores.shape
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count(capacity, T)]
     return (np.sort(chosen, axis=1) + np.arange(B)[:, None] * T).reshape(-1)
@@ -81,7 +83,7 @@ def gather_rows_backward_numpy(x, rows, *, grad):
 
 
 def scatter_add_rows_numpy(x, rows, update, weight):
-    """x [N, C], update [M, C], weight [M] → y [N, C]: y_i = x_i + weight · update for the chosen, x_i for the others."""
+    """x [N, C], update [M, C], weight [M] → y [N, C]: x, with weight · update added at rows."""
     y = x.copy()
     y[rows] += weight[:, None] * update
     return y
@@ -104,7 +106,7 @@ def mixture_numpy(x, w, f, capacity):
 
 
 def mixture_backward_numpy(x, w, f, capacity, *, grad, f_backward):
-    """grad [B, T, C]; f_backward: (x̃, grad of its update) → dx̃. → dx [B, T, C], dw [C]. What is chosen is a constant."""
+    """grad [B, T, C]; f_backward: (x̃, grad of its update) → dx̃. → dx [B, T, C], dw [C]. The choice is a constant."""
     B, T, C = x.shape
     scores, flat = x @ w, x.reshape(-1, C)
     rows = top_rows_numpy(scores, capacity)
@@ -112,7 +114,8 @@ def mixture_backward_numpy(x, w, f, capacity, *, grad, f_backward):
     some = gather_rows_numpy(flat, rows).reshape(B, -1, C)
     dx, dupdate, dweight = scatter_add_rows_backward_numpy(flat, rows, f(some).reshape(-1, C), weight,
                                                            grad=grad.reshape(-1, C))
-    (through,) = gather_rows_backward_numpy(flat, rows, grad=f_backward(some, dupdate.reshape(some.shape)).reshape(-1, C))
+    dsome = f_backward(some, dupdate.reshape(some.shape)).reshape(-1, C)
+    (through,) = gather_rows_backward_numpy(flat, rows, grad=dsome)
     dscores = dweight * weight * (1 - weight)
     (by_router,) = gather_rows_backward_numpy(flat, rows, grad=dscores[:, None] * w)
     return (dx + through + by_router).reshape(x.shape), flat[rows].T @ dscores
@@ -127,8 +130,8 @@ def threshold_numpy(threshold, scores, capacity, momentum=0.9):
 def no_op_expert_numpy(x, w, experts, capacity):
     """MoDE, integrated: x [T, C], w [C, E + 1], experts: E functions; the last column is an expert that does nothing.
 
-    Each expert takes its k highest tokens and adds p f(x) to them, p its share in the softmax over all columns: where the
-    one that does nothing is likely, the others add little. → y [T, C].
+    Each expert takes its k highest tokens and adds p f(x) to them, p its share in the softmax over all columns: where
+    the one that does nothing is likely, the others add little. → y [T, C].
     """
     scores = x @ w
     p = np.exp(scores - scores.max(1, keepdims=True))
@@ -145,8 +148,8 @@ def predictor_width(C):
 
 
 def block_flops(T, C, hidden, H, G, D, capacity=1.0):
-    """FLOPs of a forward pass of a block `a` over T tokens of which it takes ⌈capacity · T⌉: products of q, k, v, out, of
-    the MLP, of attention (its causal half), and of the router and the predictor where there are any.
+    """FLOPs of a forward pass of a block `a` over T tokens of which it takes ⌈capacity · T⌉: products of q, k, v, out,
+    of the MLP, of attention (its causal half), and of the router and the predictor where there are any.
     """
     k = count(capacity, T)
     products = 2 * k * C * ((H + 2 * G) * D + H * D + 3 * hidden)
@@ -252,7 +255,8 @@ class _ScatterAddRows(torch.autograd.Function):
 
 def _check(op, x, rows, update=None, weight=None):
     if x.ndim != 2 or rows.ndim != 1 or rows.is_floating_point():
-        raise ValueError(f"{op}: x {tuple(x.shape)} and rows {tuple(rows.shape)} {rows.dtype} must be [N, C] and [M] whole")
+        raise ValueError(f"{op}: x {tuple(x.shape)} and rows {tuple(rows.shape)} {rows.dtype} must be [N, C] and [M], "
+                         "whole numbers")
     if update is not None and (update.shape != (len(rows), x.shape[1]) or weight.shape != rows.shape):
         raise ValueError(f"{op}: update {tuple(update.shape)} and weight {tuple(weight.shape)} must be "
                          f"[{len(rows)}, {x.shape[1]}] and [{len(rows)}]")
@@ -360,16 +364,23 @@ class MixtureOfDepths(nn.Module):
         self.router = nn.Linear(C, 1, bias=False)
         if routing == "topk":
             self.predictor = nn.ModuleList([nn.Linear(C, predictor_width(C)), nn.Linear(predictor_width(C) + 1, 1)])
-        else:
-            self.register_buffer("threshold", torch.tensor(math.nan))        # until the first batch says
-        self.auxiliary, self.quantiles = 0.0, []
-        self.register_buffer("counts", torch.zeros(4), persistent=False)     # right, all, chosen and said so, either
+        self.register_buffer("threshold", torch.tensor(math.nan))            # until the first batch says
+        self.auxiliary = 0.0
+        self.register_buffer("cuts", torch.zeros(2), persistent=False)       # of the batches since `settle`: sum, number
+        self.register_buffer("counts", torch.zeros(4), persistent=False)     # right, all, chosen and said so, both added
 
     @torch.no_grad()
     def initialize(self, generator):
-        """Scores of about unit size on a residual stream of unit size, all of them predicted to stay out."""
+        """Scores of about unit size on a residual stream of unit size. The predictor begins as the threshold's rule, and
+        learns when to depart from it.
+        """
         for layer in [self.router, *(self.predictor if self.routing == "topk" else ())]:
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.in_features ** -0.5)
+        if self.routing == "topk":
+            first, last = self.predictor
+            first.bias.zero_()
+            last.weight.mul_(0.1)[:, -1] = 4.0
+            last.bias.zero_()
 
     def forward(self, x, positions, state=None):
         shape = B, T, C = x.shape
@@ -378,12 +389,12 @@ class MixtureOfDepths(nn.Module):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.training and state is None and self.routing == "topk":
             rows = self.top_rows(scores.detach().view(B, T))
-            self.learn(flat.detach(), scores.detach(), rows)
+            cut = scores.detach()[rows].view(B, -1).amin(1).mean()           # the lowest score that was taken
+            self.learn(flat.detach(), scores.detach(), rows, self.bar(cut))
             packed, inner = (B, len(rows) // B), None
         else:
-            keep = self.decide(flat, scores).cpu()                           # the one wait for a GPU
-            if self.training:
-                self.quantiles.append(_quantile(scores.detach(), 1 - self.capacity))
+            cut = _quantile(scores.detach(), 1 - self.capacity) if self.training else torch.zeros_like(scores[0])
+            keep = self.decide(flat, scores, self.bar(cut)).cpu()            # the one wait for a GPU
             rows = keep.nonzero()[:, 0].to(x.device)
             inner = (state or self.apart(B)).chosen(keep.view(B, T))
             if inner is None:                                                # none: and no wait for the block
@@ -403,41 +414,42 @@ class MixtureOfDepths(nn.Module):
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
         return (chosen + torch.arange(B, device=scores.device)[:, None] * T).flatten()
 
-    def decide(self, x, scores):
-        """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
-        if self.routing == "topk":
-            return self.predicted(x, scores) > 0
-        bar = self.threshold
-        if self.training and torch.isnan(bar):
-            bar = _quantile(scores.detach(), 1 - self.capacity)
-        return scores > bar
+    @torch.no_grad()
+    def bar(self, cut):
+        """θ, before the first batch is settled that batch's own cut; in training the cut is noted for `settle`."""
+        if self.training:
+            self.cuts += torch.stack([cut, torch.ones_like(cut)])
+        return torch.where(torch.isnan(self.threshold), cut, self.threshold)
 
-    def predicted(self, x, scores):
-        """The predictor's logits [N], from the token and from its score."""
+    def decide(self, x, scores, bar):
+        """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
+        return (self.predicted(x, scores, bar) if self.routing == "topk" else scores - bar) > 0
+
+    def predicted(self, x, scores, bar):
+        """The predictor's logits [N], from the token and from its score above θ."""
         first, last = self.predictor
         x = F.silu(first(F.rms_norm(x, x.shape[-1:])))
-        return last(torch.cat([x, scores[:, None].to(x.dtype)], dim=-1))[:, 0]
+        return last(torch.cat([x, (scores - bar)[:, None].to(x.dtype)], dim=-1))[:, 0]
 
-    def learn(self, x, scores, rows):
+    def learn(self, x, scores, rows, bar):
         """The predictor's loss, on what was chosen; no gradient goes on to x or the router."""
-        logits = self.predicted(x, scores).to(scores.dtype)
+        logits = self.predicted(x, scores, bar).to(scores.dtype)
         wanted = torch.zeros_like(logits).index_fill_(0, rows, 1.0)
         self.auxiliary = F.binary_cross_entropy_with_logits(logits, wanted)
         with torch.no_grad():
             said, true = logits > 0, wanted > 0
-            self.counts += torch.stack([(said == true).sum(), torch.tensor(len(said), device=x.device),
-                                        (said & true).sum(), (said | true).sum()])
+            right, both, sizes = (said == true).sum(), (said & true).sum(), said.sum() + true.sum()
+            self.counts += torch.stack([right, torch.full_like(right, len(said)), both, sizes])
 
     @torch.no_grad()
     def settle(self, processes=None):
-        """After a step: the threshold follows what the step's batch had, a tenth of the way."""
-        if self.quantiles:
-            mean = torch.stack(self.quantiles).mean()
-            if processes and processes.size > 1:
-                processes.sum([mean])
-                mean /= processes.size
-            self.threshold.copy_(mean if torch.isnan(self.threshold) else torch.lerp(self.threshold, mean, 0.1))
-            self.quantiles = []
+        """After a step: θ follows what the step's batches had, a tenth of the way (`threshold_numpy`)."""
+        if processes and processes.size > 1:
+            processes.sum([self.cuts])
+        mean = self.cuts[0] / self.cuts[1]                                   # of none: not a number, and no news
+        moved = torch.where(torch.isnan(self.threshold), mean, torch.lerp(self.threshold, mean, 0.1))
+        self.threshold.copy_(torch.where(torch.isnan(mean), self.threshold, moved))
+        self.cuts.zero_()
 
     def apart(self, B):
         """States for B whole sequences that are taken apart."""
@@ -449,8 +461,8 @@ def agreement(counts):
     """The `counts` of blocks → how often the predictors say what top-k chose, and their F1 (dict for a log). Saying no
     each time agrees in all but `capacity` of the cases, at an F1 of 0.
     """
-    right, total, both, either = torch.stack(counts).sum(0).tolist()
-    return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, both + either)) if total else {}
+    right, total, both, sizes = torch.stack(counts).sum(0).tolist()
+    return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, sizes)) if total else {}
 
 
 # --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
@@ -459,7 +471,7 @@ BYTES = 256                                                                  # a
 
 
 class Stack(nn.Module):
-    """A model small enough to train here: tokens [B, T] → logits [B, T, 256]. letters: `a` a block, `A` a routed one."""
+    """A model small enough to train here: tokens [B, T] → logits [B, T, 256]. `a`: a block, `A`: a routed one."""
 
     def __init__(self, C, letters, capacity=0.125, routed=MixtureOfDepths, seed=0):
         super().__init__()
@@ -512,7 +524,7 @@ def windows(data, starts, T):
 
 
 def train_stack(model, data, steps, B=16, T=128, rate=3e-3, seconds=math.inf, seed=0, say=lambda step, loss: None):
-    """Adam, `rate` warmed up and then falling to zero by steps or by seconds, whichever end is nearer. → steps taken."""
+    """Adam, `rate` warmed up, then falling to zero at the last step or second, what comes first. → steps taken."""
     optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
     rng, begin, done, step = np.random.default_rng(seed), time.perf_counter(), 0.0, 0
     model.train()
@@ -524,6 +536,8 @@ def train_stack(model, data, steps, B=16, T=128, rate=3e-3, seconds=math.inf, se
         (loss + sum(block.auxiliary for block in model.routed)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        for block in model.routed:
+            block.settle()
         step += 1
         done = max(step / steps, (time.perf_counter() - begin) / seconds)
         say(step, loss)
@@ -627,31 +641,34 @@ def compare_times(lengths, C=256, capacity=0.125):
             (y.sum() + routed.auxiliary).backward()
         flops = [3 * block_flops(T, C, hidden, H, G, D, c) for c in (1.0, capacity)]
         times = [_milliseconds(work, "cpu", tries=3 if T < 4096 else 1) for work in (plain, some)]
-        print(f"{T:>6}{flops[0] / 1e6:>9,.0f} MFLOP{flops[1] / 1e6:>6,.0f} MFLOP{times[0]:>11,.1f} ms{times[1]:>9,.1f} ms"
+        print(f"{T:>6}{flops[0] / 1e6:>8,.0f} MFLOP{flops[1] / 1e6:>6,.0f} MFLOP"
+              f"{times[0]:>11,.1f} ms{times[1]:>9,.1f} ms"
               f"{flops[1] / flops[0]:>11.3f}×{times[1] / times[0]:>9.3f}×", flush=True)
 
 
-def show(seconds=6.0):
+def show(seconds=5.0):
     """What a router chooses on a text, what a routed block saves, and that the forms agree."""
     data, held_out = library_text()
     shown, T = sys.stdout.isatty(), 128
-    print(f"A stack of aAaA, the A routed at a capacity of 0.125, reads Python's library for {seconds:.0f} s:", flush=True)
+    print(f"A stack of aAaA, its A routed at a capacity of 0.125, reads Python's library for {seconds:.0f} s",
+          flush=True)
     model = Stack(96, "aAaA")
     say = lambda step, loss: shown and step % 10 == 0 and print(f"\rstep {step}, {loss:.2f} nats", end="", flush=True)
     steps = train_stack(model, data, 10 ** 9, B=8, T=T, seconds=seconds, say=say)
     told = agreement([block.counts for block in model.routed])
     causal, topk = validation(model, held_out, T, batches=2)
-    print("\r" * shown + f"{steps} steps; on text held out {causal:.3f} nats a byte as generation routes, {topk:.3f} as "
-          f"training did.\nThe predictors said what top-k chose in {told['router_agreement']:.1%} of cases "
+    print("\r" * shown + f"{steps} steps; on text held out {causal:.3f} nats a byte as generation routes, {topk:.3f} "
+          f"as training did.\nThe predictors said what top-k chose in {told['router_agreement']:.1%} of cases "
           f"(saying no each time: 87.5%), F1 {told['router_f1']:.2f}.")
-    start = np.flatnonzero(held_out == 10)[20] + 1
+    start = held_out.astype(np.uint8).tobytes().index(b"\ndef ") + 1
     tokens = held_out[start:start + 360]
     for number, taken in zip((2, 4), choices(model, tokens)):
         print(f"\nblock {number} takes {taken.float().mean():.1%} of this text:\n"
               + marked(tokens, taken.numpy(), shown), flush=True)
     compare_times([256, 512, 1024, 2048, 4096])
     print("\nHow far apart the forms are:")
-    for what, error in [*compare_forms(), ("prefilled whole, in chunks, by token", compare_prefills(model, tokens[:64]))]:
+    prefills = ("prefilled whole, in chunks, by token", compare_prefills(model, tokens[:64]))
+    for what, error in [*compare_forms(), prefills]:
         print(f"    {what:40}{error:.0e}")
 
 
@@ -661,7 +678,7 @@ class RandomDepths(MixtureOfDepths):
     def top_rows(self, scores):
         return super().top_rows(torch.rand_like(scores))
 
-    def decide(self, x, scores):
+    def decide(self, x, scores, bar):
         return torch.rand_like(scores) < self.capacity
 
 
@@ -689,7 +706,7 @@ def isoflop_budget(seconds, data, B, T):
 
 
 def isoflop(minutes, out, B=16, T=128):
-    """Baseline, routed and random stacks of a few sizes, all trained with equal FLOPs: loss against what they then cost.
+    """Baseline, routed and random stacks of a few sizes, trained with equal FLOPs: loss against what they then cost.
 
     A line of `isoflop.jsonl` in `out` a run, so that a stopped experiment goes on with the next; at the end a table and
     `isoflop.png`.
@@ -703,17 +720,17 @@ def isoflop(minutes, out, B=16, T=128):
         print(f"{len(rows)} runs of {len(SIZES) * len(VARIANTS)} are in {log}: going on with their budget", flush=True)
     else:
         budget = isoflop_budget(60 * minutes * 0.85, data, B, T)
-    print(f"{budget:.2e} training FLOPs a run, batches of {B} · {T} bytes\n{'C':>5}{'blocks':>7}  {'variant':15}{'steps':>7}"
-          f"{'FLOPs a byte':>14}{'nats':>8}{'by top-k':>10}{'ms a byte':>11}", flush=True)
-    finished = {(row["C"], row["blocks"], row["variant"]) for row in rows}
+    print(f"{budget:.2e} training FLOPs a run, batches of {B} · {T} bytes\n{'C':>5}{'blocks':>7}  {'variant':15}"
+          f"{'steps':>7}{'FLOPs a byte':>14}{'nats':>8}{'by top-k':>10}{'ms a byte':>11}", flush=True)
     for C, blocks in SIZES:
         for variant in VARIANTS:
-            if (C, blocks, variant) not in finished:
-                rows.append(isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown))
+            row = next((r for r in rows if (r["C"], r["blocks"], r["variant"]) == (C, blocks, variant)), None)
+            if row is None:
+                row = isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown)
+                rows.append(row)
                 with open(log, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(rows[-1]) + "\n")
-            print(row_text(next(row for row in rows if (row["C"], row["blocks"], row["variant"]) == (C, blocks, variant))),
-                  flush=True)
+                    f.write(json.dumps(row) + "\n")
+            print(row_text(row), flush=True)
     plot(rows, out / "isoflop.png")
     print(f"{out / 'isoflop.png'}")
 
@@ -741,7 +758,8 @@ def isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown):
     decode = min(generate(model, held_out[:T // 2].tolist(), T // 2)[1] for _ in range(3))
     told = agreement([block.counts for block in model.routed]) if model.routed else {}
     return dict(C=C, blocks=blocks, variant=variant, training_flops=budget, steps=steps, seconds=seconds,
-                flops_per_token=model.flops(T) / T, val_loss=causal, topk_loss=topk, decode_seconds_per_token=decode, **told)
+                flops_per_token=model.flops(T) / T, val_loss=causal, topk_loss=topk, decode_seconds_per_token=decode,
+                **told)
 
 
 def row_text(row):
