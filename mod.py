@@ -45,8 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, KVCache, RMSNorm, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq,
-                       tl, triton)
+from attention import MLP, Attention, Block, KVCache, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq, tl, triton
 
 
 # --- 1. Routing, in NumPy ---------------------------------------------------------------------------------------------
@@ -366,13 +365,13 @@ class MixtureOfDepths(nn.Module):
             self.predictor = nn.ModuleList([nn.Linear(C, predictor_width(C)), nn.Linear(predictor_width(C) + 1, 1)])
         self.register_buffer("threshold", torch.tensor(math.nan))            # until the first batch says
         self.auxiliary = 0.0
-        self.register_buffer("cuts", torch.zeros(2), persistent=False)       # of the batches since `settle`: sum, number
-        self.register_buffer("counts", torch.zeros(4), persistent=False)     # right, all, chosen and said so, both added
+        self.register_buffer("cuts", torch.zeros(2), persistent=False)       # since `settle`: their sum, how many
+        self.register_buffer("counts", torch.zeros(4), persistent=False)     # see `learn`
 
     @torch.no_grad()
     def initialize(self, generator):
-        """Scores of about unit size on a residual stream of unit size. The predictor begins as the threshold's rule, and
-        learns when to depart from it.
+        """Scores of about unit size on a residual stream of unit size. The predictor begins as the threshold's rule,
+        and learns when to depart from it.
         """
         for layer in [self.router, *(self.predictor if self.routing == "topk" else ())]:
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.in_features ** -0.5)
@@ -465,348 +464,279 @@ def agreement(counts):
     return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, sizes)) if total else {}
 
 
-# --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
+# --- 5. The claims, measured ------------------------------------------------------------------------------------------
 
-BYTES = 256                                                                  # a token is a byte
+class Tiny(nn.Module):
+    """The smallest language model around blocks: bytes in, logits of the next byte out."""
 
-
-class Stack(nn.Module):
-    """A model small enough to train here: tokens [B, T] → logits [B, T, 256]. `a`: a block, `A`: a routed one."""
-
-    def __init__(self, C, letters, capacity=0.125, routed=MixtureOfDepths, seed=0):
+    def __init__(self, letters, C, capacity, routing="topk", seed=0, scores=None):
         super().__init__()
         torch.manual_seed(seed)
-        self.C, self.H, self.G, self.D, self.hidden = C, C // 32, max(1, C // 64), 32, 8 * C // 3
-        self.capacities = [capacity if letter == "A" else 1.0 for letter in letters]
-        rotary = Rotary(rotary_inv_freq(self.D))
-        block = lambda: Block(Attention(C, self.H, self.G, self.D, rotary), MLP(C, self.hidden), C)
-        self.embed, self.norm, self.head = nn.Embedding(BYTES, C), RMSNorm(C), nn.Linear(C, BYTES, bias=False)
-        self.blocks = nn.ModuleList(routed(block(), capacity) if letter == "A" else block() for letter in letters)
-        self.routed = [block for block in self.blocks if isinstance(block, MixtureOfDepths)]
-        for block in self.routed:
-            block.initialize(torch.Generator().manual_seed(seed))
+        H, D = max(1, C // 32), min(C, 32)
+        rotary = Rotary(rotary_inv_freq(D))
+        make = lambda: Block(Attention(C, H, H, D, rotary), MLP(C, -(-8 * C // 3 // 16) * 16), C)
+        self.embed, self.head = nn.Embedding(256, C), nn.Linear(C, 256, bias=False)
+        self.blocks = nn.ModuleList(make() if letter == "a" else (Shuffled if scores == "random" else MixtureOfDepths)(
+            make(), capacity, routing) for letter in letters)
+        for block in self.blocks:
+            if isinstance(block, MixtureOfDepths):
+                block.initialize(torch.Generator().manual_seed(seed))
+            inner = block.block if isinstance(block, MixtureOfDepths) else block
+            for out in (inner.attention.out, inner.mlp.down):
+                nn.init.zeros_(out.weight)
 
-    def forward(self, tokens, positions=None, states=None):
-        x = self.embed(tokens)
-        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+    def forward(self, x, states=None, start=0):
+        positions = torch.arange(start, start + x.shape[1])
+        x = self.embed(x)
         for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
             x = block(x, positions, state)
-        return self.head(self.norm(x))
+        return self.head(F.rms_norm(x, x.shape[-1:]))
 
     def states(self, capacity):
-        """Empty states for one sequence of up to `capacity` tokens."""
-        cache = lambda: KVCache(1, self.G, capacity, self.D)
-        return [RoutedState([cache()]) if block in self.routed else cache() for block in self.blocks]
-
-    def flops(self, T):
-        """FLOPs of a forward pass over a sequence of T tokens; a training step costs three times that."""
-        blocks = (block_flops(T, self.C, self.hidden, self.H, self.G, self.D, c) for c in self.capacities)
-        return sum(blocks) + 2 * T * self.C * BYTES
+        new = lambda block: KVCache(1, block.attention.G, capacity, block.attention.D)
+        return [RoutedState([new(block.block)]) if isinstance(block, MixtureOfDepths) else new(block)
+                for block in self.blocks]
 
 
-def library_text(most=2 ** 22):
-    """Text that every machine has: the standard library's source, as bytes. → training, validation: int64 arrays."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py"))
-             if "test" not in path.parts[len(root.parts)] and "packages" not in path.parts[len(root.parts)]]
-    np.random.default_rng(0).shuffle(files)
-    text = b"".join(path.read_bytes() for path in files)[:most]
-    if len(text) < 2 ** 16:
-        raise ValueError(f"{root} holds no Python source to train on")
-    data = np.frombuffer(text, np.uint8).astype(np.int64)
-    return data[:-len(data) // 10], data[-len(data) // 10:]
+class Shuffled(MixtureOfDepths):
+    """The control: rows by chance, in training and in generation."""
+
+    def forward(self, x, positions, state=None):
+        with torch.no_grad():
+            self.router.weight.zero_()                                       # a weight of a half, for all
+        self.predicted = lambda x, scores, bar: torch.rand(len(x)) - (1 - self.capacity)
+        if self.training and state is None:
+            rows = torch.from_numpy(random_rows_numpy(np.random.default_rng(), *x.shape[:2], self.capacity))
+            at = rows.view(len(x), -1) % x.shape[1]
+            some = gather_rows(x.flatten(0, 1), rows).view(len(x), -1, x.shape[2])
+            update = self.block.delta(some, positions.expand(x.shape[:2]).gather(1, at)).flatten(0, 1)
+            return scatter_add_rows(x.flatten(0, 1), rows, update, torch.full((len(rows),), 0.5)).view(x.shape)
+        return super().forward(x, positions, state)
 
 
-def windows(data, starts, T):
-    """→ tokens [B, T] and the ones that follow them."""
-    cut = torch.from_numpy(np.stack([data[i:i + T + 1] for i in starts]))
-    return cut[:, :-1], cut[:, 1:]
+def some_text(most=2 ** 22):
+    """Text that every machine has: Python's own library → bytes as a tensor, its last tenth held out."""
+    root, parts, size = Path(sysconfig.get_path("stdlib")), [], 0
+    for path in sorted(root.glob("*.py")):
+        parts.append(path.read_bytes())
+        size += len(parts[-1])
+        if size > most:
+            break
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).long().tensor_split([9 * size // 10])
 
 
-def train_stack(model, data, steps, B=16, T=128, rate=3e-3, seconds=math.inf, seed=0, say=lambda step, loss: None):
-    """Adam, `rate` warmed up, then falling to zero at the last step or second, what comes first. → steps taken."""
-    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
-    rng, begin, done, step = np.random.default_rng(seed), time.perf_counter(), 0.0, 0
-    model.train()
-    while done < 1:
+def train_tiny(model, text, T=256, B=8, seconds=None, flops=None, say=lambda done, loss: None, seed=0):
+    """AdamW until the time or the FLOPs are spent → steps."""
+    generator, began, step = torch.Generator().manual_seed(seed), time.perf_counter(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    each = 3 * B * forward_flops(model, T)
+    while True:
+        done = (time.perf_counter() - began) / seconds if seconds else step * each / flops
+        if done >= 1 and step:
+            return step
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20) * (1 - done)
-        tokens, targets = windows(data, rng.integers(0, len(data) - T - 1, B), T)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-        (loss + sum(block.auxiliary for block in model.routed)).backward()
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * min(done, 1))
+        at = torch.randint(len(text) - T - 1, (B, 1), generator=generator) + torch.arange(T + 1)
+        rows = text[at]
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        beside = sum(block.auxiliary for block in model.blocks if isinstance(block, MixtureOfDepths))
+        optimizer.zero_grad(set_to_none=True)
+        (loss + beside).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        for block in model.routed:
-            block.settle()
+        for block in model.blocks:
+            if isinstance(block, MixtureOfDepths):
+                block.settle()
         step += 1
-        done = max(step / steps, (time.perf_counter() - begin) / seconds)
-        say(step, loss)
-    return step
+        say(min(done, 1), loss.item())
+
+
+def forward_flops(model, T):
+    """FLOPs of a forward pass over T tokens."""
+    total = 2 * T * model.head.weight.numel()
+    for block in model.blocks:
+        routed = isinstance(block, MixtureOfDepths)
+        a, mlp = ((block.block if routed else block).attention, (block.block if routed else block).mlp)
+        total += block_flops(T, model.embed.embedding_dim, mlp.down.in_features, a.H, a.G, a.D,
+                             block.capacity if routed else 1.0)
+    return total
 
 
 @torch.no_grad()
-def validation(model, data, T=128, B=16, batches=8):
-    """Nats a token over windows spread over all of `data`: as generation routes, and as training did."""
-    starts, losses = np.linspace(0, len(data) - T - 1, B * batches).astype(int).reshape(batches, B), []
-    for training in (False, True):
-        model.train(training)
-        pairs = (windows(data, some, T) for some in starts)
-        losses.append(float(np.mean([F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() for x, y in pairs])))
-    return losses
+def held_out_loss(model, text, T=256, rows=32):
+    """Nats a byte on evenly spaced windows of the text."""
+    at = torch.linspace(0, len(text) - T - 2, rows).long()[:, None] + torch.arange(T + 1)
+    return F.cross_entropy(model(text[at[:, :-1]]).flatten(0, 1), text[at[:, 1:]].flatten()).item()
 
 
-@torch.no_grad()
-def generate(model, prompt, n):
-    """Greedy: prompt [T] and n more tokens, each from the states of those before it. → tokens, seconds a new token."""
-    model.eval()
-    tokens, states = list(prompt), model.states(len(prompt) + n)
-    logits = model(torch.tensor([tokens]), torch.arange(len(tokens)), states)
-    begin = time.perf_counter()
-    for _ in range(n):
-        tokens.append(int(logits[0, -1].argmax()))
-        logits = model(torch.tensor([tokens[-1:]]), torch.tensor([len(tokens) - 1]), states)
-    return tokens, (time.perf_counter() - begin) / n
+def show_choice(model, text, layer):
+    """A text with the bytes that a routed block takes in generation set off by brackets, as in ‹these› ones."""
+    seen = {}
+    block, decide = model.blocks[layer], model.blocks[layer].decide
+
+    def note(*args):
+        seen["keep"] = decide(*args)
+        return seen["keep"]
+    block.decide = note
+    with torch.no_grad():
+        model.eval()(text[None])
+    del block.decide
+    letters, marked, inside = bytes(text.tolist()).decode("utf-8", "replace"), [], False
+    for letter, keep in zip(letters, seen["keep"].tolist()):
+        if keep != inside:
+            marked.append("‹" if keep else "›")
+        marked.append(letter)
+        inside = keep
+    return "".join(marked) + "›" * inside, sum(seen["keep"].tolist()) / len(text)
 
 
-@torch.no_grad()
-def choices(model, tokens):
-    """tokens [T] → for each routed block, which of them it takes, [T] bool, as generation decides."""
-    taken, model = [], model.eval()
-    hooks = [block.register_forward_hook(lambda block, args, y: taken.append((args[0] != y).any(-1)[0]))
-             for block in model.routed]
-    model(torch.as_tensor(tokens)[None])
-    for hook in hooks:
-        hook.remove()
-    return taken
-
-
-def marked(tokens, taken, color):
-    """The text with each chosen stretch in reverse video, or between ‹ and › where the output has no colors."""
-    on, off = ("\033[7m", "\033[0m") if color else ("‹", "›")
-    edges = np.diff(np.concatenate([[0], taken, [0]]).astype(int))
-    return "".join((off if edge < 0 else on if edge > 0 else "") + chr(token)
-                   for token, edge in zip([*tokens, 32], edges)).rstrip()
-
-
-def compare_forms():
-    """The largest differences between the forms → [(what, how far apart)]."""
-    rng, T, C = np.random.default_rng(0), 33, 8
-    W, w, x, dy = (rng.standard_normal(shape) for shape in ((C, C), (C,), (2, T, C), (2, T, C)))
-    f, back = lambda x: np.tanh(x @ W), lambda x, g: (g * (1 - np.tanh(x @ W) ** 2)) @ W.T
-    dx, dw = mixture_backward_numpy(x, w, f, 0.25, grad=dy, f_backward=back)
-    bump = 1e-6 * rng.standard_normal(x.shape)
-    slope = ((mixture_numpy(x + bump, w, f, 0.25) - mixture_numpy(x - bump, w, f, 0.25)) * dy).sum() / 2
-    rows = [("NumPy's gradient, finite differences", abs(slope / (dx * bump).sum() - 1))]
-
-    class Layer(nn.Module):
-        def delta(self, x, positions, state=None):
-            return torch.tanh(x @ torch.tensor(W))
-    layer = MixtureOfDepths(Layer(), 0.25, C=C).double()
-    layer.router.weight.data = torch.tensor(w)[None]
-    tx = torch.tensor(x, requires_grad=True)
-    y = layer(tx, torch.arange(T))
-    y.backward(torch.tensor(dy))
-    pairs = ((y, mixture_numpy(x, w, f, 0.25)), (tx.grad, dx), (layer.router.weight.grad[0], dw))
-    rows.append(("torch, NumPy: y, dx and dw", max(np.abs(a.detach().numpy() - b).max() for a, b in pairs)))
-    return rows
-
-
-@torch.no_grad()
-def compare_prefills(model, tokens):
-    """Logits of one text, prefilled whole, in chunks of 7, and token by token → the largest difference."""
-    model.eval()
-    T = len(tokens)
-    at, tokens, outputs = torch.arange(T), torch.as_tensor(tokens)[None], []
-    for size in (T, 7, 1):
-        states = model.states(T)
-        outputs.append(torch.cat([model(tokens[:, i:i + size], at[i:i + size], states) for i in range(0, T, size)], 1))
-    return max((a - outputs[0]).abs().max().item() for a in outputs[1:])
-
-
-def compare_times(lengths, C=256, capacity=0.125):
-    """Print FLOPs and measured time, forward and backward, of a block and of the same block routed."""
-    H, G, D, hidden = C // 32, C // 64, 32, 8 * C // 3
-    block = Block(Attention(C, H, G, D, Rotary(rotary_inv_freq(D))), MLP(C, hidden), C)
-    routed = MixtureOfDepths(block, capacity)
-    print(f"\nOne block, {C} wide, forward and backward, batch 1, capacity {capacity}:\n"
-          f"{'T':>6}{'full':>14}{'routed':>12}{'full':>14}{'routed':>12}{'of FLOPs':>12}{'of time':>10}")
-    for T in lengths:
+def compare_times(C=256, capacity=0.125, tries=3):
+    """A block beside the same block routed, forward and backward: FLOPs and time."""
+    rotary = Rotary(rotary_inv_freq(64))
+    block = Block(Attention(C, C // 64, C // 64, 64, rotary), MLP(C, 8 * C // 3 // 32 * 32), C)
+    layer = MixtureOfDepths(block, capacity)
+    layer.initialize(torch.Generator().manual_seed(0))
+    print(f"one block, {C} wide, forward and backward; a routed one takes {capacity:g} of the tokens\n"
+          f"{'T':>6}{'FLOPs':>14}{'routed':>12}{'time':>14}{'routed':>12}{'FLOPs':>9}{'time':>8}")
+    for T in (256, 512, 1024, 2048, 4096):
         x, positions = torch.randn(1, T, C, requires_grad=True), torch.arange(T)
-
-        def plain():
-            block(x, positions).sum().backward()
-
-        def some():
-            y = routed(x, positions)
-            (y.sum() + routed.auxiliary).backward()
-        flops = [3 * block_flops(T, C, hidden, H, G, D, c) for c in (1.0, capacity)]
-        times = [_milliseconds(work, "cpu", tries=3 if T < 4096 else 1) for work in (plain, some)]
-        print(f"{T:>6}{flops[0] / 1e6:>8,.0f} MFLOP{flops[1] / 1e6:>6,.0f} MFLOP"
-              f"{times[0]:>11,.1f} ms{times[1]:>9,.1f} ms"
-              f"{flops[1] / flops[0]:>11.3f}×{times[1] / times[0]:>9.3f}×", flush=True)
+        both = lambda f: torch.autograd.grad(f(x, positions).sum(), x)
+        full, routed = (_milliseconds(lambda: both(f), "cpu", tries) for f in (block, layer))
+        a = block.attention
+        flops = [3 * block_flops(T, C, block.mlp.down.in_features, a.H, a.G, a.D, c) for c in (1.0, capacity)]
+        print(f"{T:>6}{flops[0] / 1e9:>12.2f} G{flops[1] / 1e9:>10.2f} G{full:>11.1f} ms{routed:>9.1f} ms"
+              f"{flops[1] / flops[0]:>8.3f}×{routed / full:>7.3f}×", flush=True)
 
 
-def show(seconds=5.0):
-    """What a router chooses on a text, what a routed block saves, and that the forms agree."""
-    data, held_out = library_text()
-    shown, T = sys.stdout.isatty(), 128
-    print(f"A stack of aAaA, its A routed at a capacity of 0.125, reads Python's library for {seconds:.0f} s",
-          flush=True)
-    model = Stack(96, "aAaA")
-    say = lambda step, loss: shown and step % 10 == 0 and print(f"\rstep {step}, {loss:.2f} nats", end="", flush=True)
-    steps = train_stack(model, data, 10 ** 9, B=8, T=T, seconds=seconds, say=say)
-    told = agreement([block.counts for block in model.routed])
-    causal, topk = validation(model, held_out, T, batches=2)
-    print("\r" * shown + f"{steps} steps; on text held out {causal:.3f} nats a byte as generation routes, {topk:.3f} "
-          f"as training did.\nThe predictors said what top-k chose in {told['router_agreement']:.1%} of cases "
-          f"(saying no each time: 87.5%), F1 {told['router_f1']:.2f}.")
-    start = held_out.astype(np.uint8).tobytes().index(b"\ndef ") + 1
-    tokens = held_out[start:start + 360]
-    for number, taken in zip((2, 4), choices(model, tokens)):
-        print(f"\nblock {number} takes {taken.float().mean():.1%} of this text:\n"
-              + marked(tokens, taken.numpy(), shown), flush=True)
-    compare_times([256, 512, 1024, 2048, 4096])
-    print("\nHow far apart the forms are:")
-    prefills = ("prefilled whole, in chunks, by token", compare_prefills(model, tokens[:64]))
-    for what, error in [*compare_forms(), prefills]:
-        print(f"    {what:40}{error:.0e}")
+def agree():
+    """How far NumPy, the module and its causal forms are apart."""
+    x, positions = torch.randn(2, 64, 32, dtype=torch.float64), torch.arange(64)
+    model = Tiny("A", 32, 0.25).double()
+    layer = model.blocks[0]
+    with torch.no_grad():
+        layer.block.mlp.down.weight.normal_()
+        f = lambda a: layer.block.delta(torch.from_numpy(a), torch.arange(a.shape[1])).numpy()
+        layer.block.attention.rotary = lambda q, k, positions: (q, k)        # NumPy's f is told of no positions
+        twin = mixture_numpy(x.numpy(), layer.router.weight[0].numpy(), f, 0.25)
+        whole = np.abs(layer.train()(x, positions).numpy() - twin).max()
+        layer.eval()
+        y, state = layer(x[:1], positions), RoutedState([KVCache(1, 1, 64, 32, torch.float64)])
+        steps = torch.cat([layer(x[:1, t:t + 1], positions[t:t + 1], state) for t in range(64)], 1)
+    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart; in generation the whole text at once and "
+          f"token by token: {(steps - y).abs().max():.0e}")
 
 
-class RandomDepths(MixtureOfDepths):
-    """The experiment's control: as many tokens, by chance."""
+def show_all():
+    """What `python mod.py` prints."""
+    text, held = some_text()
+    model = Tiny("aAaA", 96, 0.125)
+    shown, began = sys.stdout.isatty(), time.perf_counter()
 
-    def top_rows(self, scores):
-        return super().top_rows(torch.rand_like(scores))
-
-    def decide(self, x, scores, bar):
-        return torch.rand_like(scores) < self.capacity
-
-
-SIZES = [(64, 4), (128, 4), (128, 8), (192, 6)]                              # channels, blocks
-VARIANTS = {"baseline": ("a", 1.0, MixtureOfDepths), "routed, 0.125": ("A", 0.125, MixtureOfDepths),
-            "routed, 0.5": ("A", 0.5, MixtureOfDepths), "random, 0.125": ("A", 0.125, RandomDepths)}
-
-
-def make_stack(C, blocks, variant):
-    letter, capacity, routed = VARIANTS[variant]
-    return Stack(C, "a" + "".join(letter if i % 2 else "a" for i in range(1, blocks)), capacity, routed)
-
-
-def isoflop_budget(seconds, data, B, T):
-    """Training FLOPs for each run, so that all of them together take so many seconds here."""
-    each = []
-    for C, blocks in SIZES:
-        for variant in VARIANTS:
-            model = make_stack(C, blocks, variant)
-            train_stack(model, data, 2, B, T)                                # the first steps warm up
-            begin = time.perf_counter()
-            train_stack(model, data, 3, B, T)
-            each.append((time.perf_counter() - begin) / (3 * 3 * B * model.flops(T)))
-    return seconds / sum(each)
+    def say(done, loss):
+        if shown:
+            print(f"\rtraining {done:4.0%}, loss {loss:.3f}   ", end="", flush=True)
+    steps = train_tiny(model, text, seconds=6, say=say)
+    told = agreement([block.counts for block in model.blocks if isinstance(block, MixtureOfDepths)])
+    model.train()
+    top = held_out_loss(model, held)
+    causal = held_out_loss(model.eval(), held)
+    marked, share = show_choice(model, held[2000:2400], 1)
+    seconds = time.perf_counter() - began
+    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {seconds:.0f} s on Python's own library: "
+          f"{top:.3f} nats a byte routed by top-k,\n{causal:.3f} by its predictors, which say what top-k chose in "
+          f"{told['router_agreement']:.1%} of all cases (saying no each time: 87.5%),\nF1 {told['router_f1']:.2f}. "
+          f"What the first routed block takes of a text in generation ({share:.0%}):\n\n{marked}\n")
+    compare_times()
+    print()
+    agree()
 
 
-def isoflop(minutes, out, B=16, T=128):
-    """Baseline, routed and random stacks of a few sizes, trained with equal FLOPs: loss against what they then cost.
+# --- 6. Equal training FLOPs ------------------------------------------------------------------------------------------
 
-    A line of `isoflop.jsonl` in `out` a run, so that a stopped experiment goes on with the next; at the end a table and
-    `isoflop.png`.
+KINDS = (("aaaa", 1.0, None), ("aAaA", 0.125, None), ("aAaA", 0.5, None), ("AAAA", 0.125, None),
+         ("aAaA", 0.125, "random"))
+
+
+def isoflop(minutes, out):
+    """Plain and routed models of a few widths, all trained with the same FLOPs → a table, isoflop.png. What is done
+    lies in isoflop.jsonl and is not done again.
     """
-    data, held_out = library_text()
     out.mkdir(parents=True, exist_ok=True)
-    log, shown = out / "isoflop.jsonl", sys.stderr.isatty()
-    rows = read_rows(log)
-    if rows:
-        budget = rows[0]["training_flops"]
-        print(f"{len(rows)} runs of {len(SIZES) * len(VARIANTS)} are in {log}: going on with their budget", flush=True)
-    else:
-        budget = isoflop_budget(60 * minutes * 0.85, data, B, T)
-    print(f"{budget:.2e} training FLOPs a run, batches of {B} · {T} bytes\n{'C':>5}{'blocks':>7}  {'variant':15}"
-          f"{'steps':>7}{'FLOPs a byte':>14}{'nats':>8}{'by top-k':>10}{'ms a byte':>11}", flush=True)
-    for C, blocks in SIZES:
-        for variant in VARIANTS:
-            row = next((r for r in rows if (r["C"], r["blocks"], r["variant"]) == (C, blocks, variant)), None)
+    notes, (text, held) = out / "isoflop.jsonl", some_text()
+    done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    widths = (64, 96, 128, 192)
+    x = torch.randn(512, 512)
+    rate = 2 * 512 ** 3 / (_milliseconds(lambda: x @ x, "cpu") / 1000)
+    flops = done[0]["training_flops"] if done else 0.2 * rate * 60 * minutes / (len(KINDS) * len(widths))
+    print(f"{len(KINDS) * len(widths)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
+          f"{'blocks':8}{'capacity':>9}{'routing':>9}{'width':>7}{'steps':>7}{'FLOPs a pass':>14}{'ms a token':>12}"
+          f"{'nats a byte':>13}", flush=True)
+    for C in widths:
+        for letters, capacity, scores in KINDS:
+            key = dict(blocks=letters, capacity=capacity, routing=scores or ("top-k" if capacity < 1 else "–"), width=C)
+            row = next((r for r in done if all(r[k] == v for k, v in key.items())), None)
             if row is None:
-                row = isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown)
-                rows.append(row)
-                with open(log, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(row) + "\n")
-            print(row_text(row), flush=True)
-    plot(rows, out / "isoflop.png")
-    print(f"{out / 'isoflop.png'}")
+                model = Tiny(letters, C, capacity, scores=scores)
+                say = lambda p, loss: print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ", end="", file=sys.stderr,
+                                            flush=True)
+                steps = train_tiny(model, text, flops=flops, say=say)
+                print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+                row = key | dict(training_flops=flops, steps=steps, forward_flops=forward_flops(model, 256) / 256,
+                                 ms_per_token=token_milliseconds(model.eval()), loss=held_out_loss(model, held))
+                done.append(row)
+                beside = notes.with_suffix(".new")
+                beside.write_text("".join(json.dumps(r) + "\n" for r in done))
+                beside.replace(notes)
+            print(f"{letters:8}{capacity:>9.3f}{row['routing']:>9}{C:>7}{row['steps']:>7}{row['forward_flops']:>14.2e}"
+                  f"{row['ms_per_token']:>12.2f}{row['loss']:>13.3f}", flush=True)
+    draw(done, out / "isoflop.png")
+    print(f"\n{out / 'isoflop.png'} shows loss over FLOPs a pass and over time a token")
 
 
-def read_rows(log):
-    """The finished runs of a log, whose last line may have been cut off."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        log.write_text("".join(whole), encoding="utf-8")
-    return [json.loads(line) for line in whole]
+@torch.no_grad()
+def token_milliseconds(model, prompt=128, count=64):
+    """Median time of a generated token after a prompt."""
+    states, times = model.states(prompt + count), []
+    model(torch.zeros(1, prompt, dtype=torch.long), states)
+    for i in range(count):
+        t = time.perf_counter()
+        model(torch.full((1, 1), i % 256), states, prompt + i)
+        times.append(time.perf_counter() - t)
+    return 1000 * sorted(times)[count // 2]
 
 
-def isoflop_run(C, blocks, variant, budget, data, held_out, B, T, shown):
-    """One run of the experiment → its line."""
-    model = make_stack(C, blocks, variant)
-    steps = max(1, round(budget / (3 * B * model.flops(T))))
-    say = lambda step, loss: shown and step % 10 == 0 and print(
-        f"\r{C}, {blocks}, {variant}: step {step} of {steps}, {loss:.2f} nats   ", end="", file=sys.stderr, flush=True)
-    begin = time.perf_counter()
-    train_stack(model, data, steps, B, T, say=say)
-    seconds = time.perf_counter() - begin
-    print("\r" + " " * 70 + "\r" if shown else "", end="", file=sys.stderr, flush=True)
-    causal, topk = validation(model, held_out, T)
-    decode = min(generate(model, held_out[:T // 2].tolist(), T // 2)[1] for _ in range(3))
-    told = agreement([block.counts for block in model.routed]) if model.routed else {}
-    return dict(C=C, blocks=blocks, variant=variant, training_flops=budget, steps=steps, seconds=seconds,
-                flops_per_token=model.flops(T) / T, val_loss=causal, topk_loss=topk, decode_seconds_per_token=decode,
-                **told)
-
-
-def row_text(row):
-    return (f"{row['C']:>5}{row['blocks']:>7}  {row['variant']:15}{row['steps']:>7,}{row['flops_per_token']:>14,.0f}"
-            f"{row['val_loss']:>8.3f}{row['topk_loss']:>10.3f}{1000 * row['decode_seconds_per_token']:>11.2f}")
-
-
-def plot(rows, path):
-    """Loss against FLOPs a byte of a forward pass, and against the time a generated byte takes."""
+def draw(rows, path):
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, name, label, unit in ((axes[0], "flops_per_token", "MFLOP a byte, forward", 1e-6),
-                                    (axes[1], "decode_seconds_per_token", "ms a generated byte", 1e3)):
-        for variant in VARIANTS:
-            some = sorted((row[name] * unit, row["val_loss"]) for row in rows if row["variant"] == variant)
-            axis.plot(*zip(*some), "o-", label=variant)
-        axis.set(xlabel=label, xscale="log")
-    axes[0].set_ylabel("validation loss, nats a byte")
-    axes[1].legend()
-    figure.suptitle(f"Equal training FLOPs ({rows[0]['training_flops']:.1e})")
-    beside = path.with_suffix(".new.png")
-    figure.savefig(beside, dpi=120)
-    pyplot.close(figure)
-    os.replace(beside, path)
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for letters, capacity, scores in KINDS:
+        name = scores or ("top-k" if capacity < 1 else "–")
+        own = [r for r in rows if (r["blocks"], r["capacity"], r["routing"]) == (letters, capacity, name)]
+        label = letters if capacity == 1 else f"{letters}, capacity {capacity:g}" + (", random" if scores else "")
+        for axis, key in zip(axes, ("forward_flops", "ms_per_token")):
+            axis.plot([r[key] for r in own], [r["loss"] for r in own], "o-", label=label, linewidth=1, markersize=4)
+    axes[0].set(xlabel="FLOPs of a forward pass, per token", ylabel="nats a byte, held out", xscale="log")
+    axes[1].set(xlabel="ms per generated token")
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"equal training FLOPs: {rows[0]['training_flops']:.1e} each", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(argv=None):
-    """Show what a router chooses on a text, what a routed block saves, and that the forms agree."""
+    """Show what a router chooses and what it saves; or train plain and routed models with equal FLOPs."""
     p = argparse.ArgumentParser(prog="mod.py", description=main.__doc__)
-    p.add_argument("--isoflop", action="store_true", help="train routed stacks and plain ones with equal FLOPs")
-    p.add_argument("--minutes", type=float, help="how long the experiment may take (10)")
-    p.add_argument("--out", type=Path, help="the experiment's folder (out-isoflop); one that was stopped goes on there")
+    p.add_argument("--isoflop", action="store_true", help="loss at equal training FLOPs, over sizes and capacities")
+    p.add_argument("--minutes", type=float, default=10.0, help="for --isoflop, about (%(default)g)")
+    p.add_argument("--out", default="isoflop", help="folder for --isoflop: its results, to go on with (%(default)s)")
     args = p.parse_args(argv)
-    try:
-        if not args.isoflop and (args.minutes is not None or args.out is not None):
-            raise ValueError("--minutes and --out belong to --isoflop")
-        if args.minutes is not None and not 0 < args.minutes < math.inf:
-            raise ValueError(f"--minutes is {args.minutes}: it must be above 0")
-        if args.isoflop:
-            isoflop(10.0 if args.minutes is None else args.minutes, args.out or Path("out-isoflop"))
-        else:
-            show()
-    except (ValueError, OSError) as error:
-        print(f"mod.py: {error}", file=sys.stderr)
+    if not 0 < args.minutes < math.inf:
+        print(f"mod.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
         return 2
+    isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
     return 0
 
 

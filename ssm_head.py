@@ -30,8 +30,13 @@ S4: Gu et al. 2021, arXiv 2111.00396; S4D: 2206.11893; HiPPO: 2008.07669. Mamba:
 `python ssm.py` shows that all forms agree, where the state overtakes attention, and what a token costs after 1,000 and
 after 64,000 others; `python ssm.py --probe` what a state of fixed size can't remember.
 """
+import argparse
 import itertools
+import json
 import math
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +44,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import RMSNorm, _floats, jit, on_kernel, rms_norm, swiglu, tl, triton
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq, swiglu,
+                       tl, triton)
 
 
 # --- 1. S4D: one model, three views -----------------------------------------------------------------------------------

@@ -681,6 +681,12 @@ KINDS = {   # model_type: what its config.json may leave out (None: the number o
 }
 
 
+def foreign_bits(raw):
+    """Whether a config.json speaks of weights in another's fewer bits."""
+    about = raw.get("quantization_config")
+    return bool(about) and not (isinstance(about, dict) and about.get("quant_method") == "twin")
+
+
 def parse_config(raw, generation=None):
     """config.json (and generation_config.json) of a Qwen3, Qwen2, Llama, Mistral or Mamba-2 folder, any dialect, or of
     a mixed stack of ours → Config.
@@ -701,8 +707,8 @@ def parse_config(raw, generation=None):
         raise UserError(f"config.json: {key} = {json.dumps(raw.get(key))} is not supported: {why}")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "only silu")
-    if raw.get("quantization_config"):
-        refuse("quantization_config", "only folders of plain weights")
+    if foreign_bits(raw):
+        refuse("quantization_config", "only folders of plain weights, and those of infer.py --quantize --save")
     dim, heads, n = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or (dim // heads if defaults["head_dim"] == "quotient" or "head_dim" in raw
                                        else defaults["head_dim"])
@@ -773,8 +779,8 @@ def parse_mamba2(raw, generation):
         refuse("layers", f"{n} blocks of kind s make a mamba2")
     if c["hidden_act"] not in ("silu", "swish"):
         refuse("hidden_act", "only silu")
-    if raw.get("quantization_config"):
-        refuse("quantization_config", "only folders of plain weights")
+    if foreign_bits(raw):
+        refuse("quantization_config", "only folders of plain weights, and those of infer.py --quantize --save")
     if c["num_heads"] * c["head_dim"] != c["expand"] * c["hidden_size"]:
         refuse("num_heads", "times head_dim it must be expand times hidden_size")
     if c["num_heads"] % c["n_groups"]:
@@ -1087,6 +1093,8 @@ def load(folder, device=None, dtype=None):
     raw = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     config = parse_config(raw, read_json(generation) if generation.exists() else None)
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder}: its weights are in fewer bits; infer.py runs it, the folder it was made from trains")
     dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = empty_model(config, dtype, device)
@@ -1129,9 +1137,9 @@ def strict(value):
     return {"__float__": "Infinity" if value > 0 else "-Infinity"} if value in (math.inf, -math.inf) else value
 
 
-def save(model, tokenizer, folder):
+def save(model, tokenizer, folder, tensors=None):
     """Write config.json, tokenizer.json (with its _config, without which transformers takes another class for it) and
-    model.safetensors: a Hugging Face folder.
+    model.safetensors: a Hugging Face folder. tensors: other ones than `folder_tensors` in float32.
     """
     folder = Path(folder)
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
@@ -1142,7 +1150,8 @@ def save(model, tokenizer, folder):
         with replacing(folder / name) as path:
             path.write_text(text, encoding="utf-8")
     with replacing(folder / "model.safetensors") as path:
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in folder_tensors(model).items()}
+        if tensors is None:
+            tensors = {name: tensor.float().cpu().contiguous() for name, tensor in folder_tensors(model).items()}
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
