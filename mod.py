@@ -522,6 +522,8 @@ def some_text(most=2 ** 22):
         size += len(parts[-1])
         if size > most:
             break
+    if size < 2 ** 16:
+        raise FileNotFoundError(f"{root} holds no Python source to train on")
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).long().tensor_split([9 * size // 10])
 
 
@@ -655,6 +657,20 @@ def show_all():
 
 KINDS = (("aaaa", 1.0, None), ("aAaA", 0.125, None), ("aAaA", 0.5, None), ("AAAA", 0.125, None),
          ("aAaA", 0.125, "random"))
+WIDTHS = 64, 96, 128, 192
+
+
+def flops_each(minutes, text):
+    """Training FLOPs for each model, so that all of them take about so many minutes: by a few steps of each kind."""
+    cost = 0.0                                                               # seconds a FLOP, of all kinds together
+    for letters, capacity, scores in KINDS:
+        model = Tiny(letters, WIDTHS[0], capacity, scores=scores)
+        step = 3 * 8 * forward_flops(model, 256)
+        train_tiny(model, text, flops=step)                                  # the first warms up
+        begin = time.perf_counter()
+        train_tiny(model, text, flops=2 * step)
+        cost += (time.perf_counter() - begin) / (2 * step)
+    return 60 * minutes / (cost * len(WIDTHS))
 
 
 def isoflop(minutes, out):
@@ -664,14 +680,11 @@ def isoflop(minutes, out):
     out.mkdir(parents=True, exist_ok=True)
     notes, (text, held) = out / "isoflop.jsonl", some_text()
     done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    widths = (64, 96, 128, 192)
-    x = torch.randn(512, 512)
-    rate = 2 * 512 ** 3 / (_milliseconds(lambda: x @ x, "cpu") / 1000)
-    flops = done[0]["training_flops"] if done else 0.2 * rate * 60 * minutes / (len(KINDS) * len(widths))
-    print(f"{len(KINDS) * len(widths)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
+    flops = done[0]["training_flops"] if done else flops_each(minutes, text)
+    print(f"{len(KINDS) * len(WIDTHS)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
           f"{'blocks':8}{'capacity':>9}{'routing':>9}{'width':>7}{'steps':>7}{'FLOPs a pass':>14}{'ms a token':>12}"
           f"{'nats a byte':>13}", flush=True)
-    for C in widths:
+    for C in WIDTHS:
         for letters, capacity, scores in KINDS:
             key = dict(blocks=letters, capacity=capacity, routing=scores or ("top-k" if capacity < 1 else "–"), width=C)
             row = next((r for r in done if all(r[k] == v for k, v in key.items())), None)
@@ -736,7 +749,11 @@ def main(argv=None):
     if not 0 < args.minutes < math.inf:
         print(f"mod.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
         return 2
-    isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    try:
+        isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    except OSError as error:                                                 # no library to read, no room to write
+        print(f"mod.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
