@@ -1341,7 +1341,7 @@ def test_what_does_not_fit_a_router_is_refused():
     block = train.Block(torch.nn.Identity(), torch.nn.Identity(), 4)
     for arguments in (dict(capacity=0), dict(capacity=1.1), dict(routing="best")):
         with pytest.raises(ValueError, match="capacity|routing"):
-            M.MixtureOfDepths(block, 4, **arguments)
+            M.MixtureOfDepths(block, C=4, **arguments)
 
 
 def routed(letter="a", routing="topk", capacity=0.25, C=32, seed=0):

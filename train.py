@@ -857,7 +857,7 @@ def run_block(block, x, positions, state=None):
 def make_block(c, letter, window, rotary):
     """One block of a stack by its letter; a capital routes it."""
     if letter.isupper():
-        return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.dim, c.capacity, c.routing)
+        return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.capacity, c.routing, c.dim)
     if letter == "a":
         mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps,
                           attend)
