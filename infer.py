@@ -24,21 +24,32 @@ its bound.
 Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`, `--compare`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
+import asyncio
 import bisect
 import codecs
 import contextlib
+import functools
 import hashlib
+import hmac
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
+import re
 import secrets
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -1326,14 +1337,15 @@ def chosen_counts(keep, counts):
 
 
 class RoutedRows:
-    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes."""
+    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: no token).
+    """
 
     def __init__(self, store, rows, counts):
         self.store, self.rows, self.counts = store, rows, counts
 
     def chosen(self, keep):
         some = chosen_counts(keep, self.counts)
-        return RowsState(self.store, [self.rows[i] for i, _ in some], [len(places) for _, places in some])
+        return RowsState(self.store, [self.rows[i] for i, _ in some], [len(p) for _, p in some]) if some else None
 
 
 class RoutedSlabState:
@@ -1349,7 +1361,7 @@ class RoutedSlabState:
             kept = r.slab.kept[self.routed]
             taken.append((r, len(kept), len(kept) + len(places)))
             kept += (start + places).tolist()
-        return SlabState(SlabViews(taken), self.part)
+        return SlabState(SlabViews(taken), self.part) if taken else None
 
 
 # --- 3. Sampler -------------------------------------------------------------------------------------------------------
@@ -2522,7 +2534,7 @@ def bound(llm, machine, batch, context):
     return batch * machine.bandwidth / (llm.weight_bytes + batch * (context * llm.token_bytes + 2 * llm.state_bytes))
 
 
-# --- 6. Chat templates and scores -------------------------------------------------------------------------------------
+# --- 8. Chat templates and scores -------------------------------------------------------------------------------------
 
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
@@ -2541,41 +2553,45 @@ def chat_template(folder):
 BREAK = "\ufdd0"                                                             # a noncharacter, put into forged markers
 
 
-def chat_ids(tokenizer, template, messages):
-    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
-
-    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
-    mended after the cut, so it reaches the model as plain text. UserError where the template does not render.
-    """
+@functools.lru_cache(4)
+def template_of(source):
+    """A chat template's text → the template, in a sandbox."""
     import jinja2.sandbox
 
     def refuse(message):
         raise jinja2.TemplateError(message)
-    source, variables = template
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-    plain = lambda s: [s] if s else []
+    return environment.from_string(source)
+
+
+def chat_ids(tokenizer, template, messages):
+    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
+
+    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
+    mended after the cut, so it reaches the model as plain text; the same where it only begins or ends one. UserError
+    where the template does not render.
+    """
+    source, variables = template
     markers = sorted(tokenizer.special, key=len, reverse=True)
 
     def disarm(text):
         text = train.mend(text).replace(BREAK, "\ufffd")
         for marker in markers:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
+        body = text.strip()                                                  # templates trim: breaks go inside of that
+        if body and any(body.startswith(m[k:]) or body.endswith(m[:k]) for m in markers for k in range(1, len(m))):
+            text = text.replace(body, BREAK + body + BREAK)
         return text
     messages = [dict(m, content=disarm(m["content"])) for m in messages]
     try:
-        text = environment.from_string(source).render(messages=messages, add_generation_prompt=True, **variables)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template does not render: {error}") from None
-    ids, rest = [], text
-    while rest:
-        at, marker = min(((i, m) for m in markers if (i := rest.find(m)) >= 0),
-                         key=lambda x: (x[0], -len(x[1])), default=(len(rest), ""))
-        for part in plain(rest[:at].replace(BREAK, "")):
-            ids += tokenizer.encode(part)
-        ids += [tokenizer.special[marker]] if marker else []
-        rest = rest[at + len(marker):]
-    return ids
+        text = template_of(source).render(messages=messages, add_generation_prompt=True, **variables)
+    except Exception as error:                                               # a template may raise anything
+        raise UserError(f"the chat template does not render: {type(error).__name__}: {error}") from None
+    parts = re.split("(" + "|".join(map(re.escape, markers)) + ")", text) if markers else [text]
+    return [i for part in parts if part for i in (
+        [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part.replace(BREAK, "")))]
 
 
 @torch.no_grad()
@@ -2606,7 +2622,7 @@ def score(llm, text, overlap=0.5):
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
-# --- 7. Benchmarks ----------------------------------------------------------------------------------------------------
+# --- 9. Benchmarks ----------------------------------------------------------------------------------------------------
 
 def random_request(llm, rng, prompt_tokens, new_tokens):
     """A greedy request of random tokens that runs to its length."""
@@ -2783,7 +2799,900 @@ def plot_compared(rows, path):
     plt.close(figure)
 
 
-# --- 8. The command line ----------------------------------------------------------------------------------------------
+# --- 10. The server: OpenAI's interface on the engine -----------------------------------------------------------------
+#
+# Three places of work, so that none holds up another. The event loop reads and writes sockets and computes nothing. One
+# worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
+# orders from a queue, steps, and hands to the loop what is new.
+
+BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes at most; time for a head, for a body
+LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, characters of each
+EVENTS = 250                                                                 # a second over all streams, about
+NUMBER = (int, float)
+SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1), "top_k": (int, -1, 2 ** 63),
+            "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
+            "frequency_penalty": (NUMBER, -2, 2), "seed": (int, -2 ** 63, 2 ** 64), "n": (int, 1, 2 ** 63)}
+NOT_HERE = ("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
+            "web_search_options", "suffix")                                  # fields that ask for what is not done here
+NOTHING = (None, "none", [], ["text"])                                       # values of theirs that ask for nothing
+KINDS = {bool: "true or false", int: "a whole number", NUMBER: "a number", str: "a string", dict: "an object",
+         list: "a list", (str, list): "a string or a list"}
+
+
+class Refused(Exception):
+    """An answer that is an error, in OpenAI's form. param: the field that is to blame."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(message)
+        message = train.mend(message if len(message) <= 500 else message[:500] + "…")
+        kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+        self.status, self.headers = status, {"content-type": "application/json"} | (headers or {})
+        self.error = {"error": dict(message=message, type=kind, param=param, code=code)}
+
+    async def __call__(self, scope, receive, send):
+        await reply(send, self.status, self.error, self.headers)
+
+
+class Gone(Exception):
+    """The client has left: nobody reads an answer."""
+
+
+async def reply(send, status, body, headers=None):
+    """A whole answer: bytes, or an object as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
+    await send({"type": "http.response.start", "status": status,
+                "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def read_body(scope, receive, keep=True):
+    """A request's body; None unless `keep`. What is not wanted is read all the same, within reason: only then does the
+    answer get through.
+    """
+    declared, parts, size = int(dict(scope["headers"]).get(b"content-length", 0)), [], 0
+
+    async def read():
+        nonlocal size
+        more = declared <= 16 * BODY
+        while more and size <= 16 * BODY:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if keep and size <= BODY:
+                parts.append(message.get("body", b""))
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", headers={"connection": "close"}) from None
+    if keep and max(size, declared) > BODY:
+        raise Refused(413, f"the body is longer than {BODY} bytes", headers={"connection": "close"})
+    return b"".join(parts) if keep else None
+
+
+def parse_body(data, kind=b"application/json"):
+    """Bytes → dict. Strict: a name once, numbers finite and within 64 bits, an object. Refused says what is not so."""
+    if kind.split(b";")[0].strip().lower() not in (b"application/json", b""):
+        raise Refused(415, "the content-type must be application/json")
+
+    def once_each(pairs):
+        body = dict(pairs)
+        if len(body) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = train.mend(next(name for name in names if names.count(name) > 1))[:100]
+            raise Refused(400, f"the field {twice!r} is there twice", param=twice)
+        return body
+
+    def finite(text):
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:40]} is not a finite number")
+        return value
+
+    def whole(text):
+        if len(text) > 20:
+            raise ValueError(f"{text[:20]}… is too large a number")
+        return int(text)
+    try:
+        body = json.loads(data, object_pairs_hook=once_each, parse_float=finite, parse_constant=finite, parse_int=whole)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise Refused(400, f"the body is not JSON as it should be: {reason}") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return body
+
+
+def short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+class Fields:
+    """A JSON object, taken apart by name. What nobody took stays in `left`."""
+
+    def __init__(self, body, where=""):
+        self.left, self.where = dict(body), where
+
+    def take(self, name, kind, default=None, low=None, high=None):
+        """The field's value, or the default where it is absent or null. Refused names it where it does not fit."""
+        value, name = self.left.pop(name, None), self.where + name
+        if value is None:
+            return default
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or low is not None and not low <= value <= high:
+            span = "" if low is None else f" from {low}" + (f" to {high}" if high < 2 ** 62 else "")
+            raise Refused(400, f"{name} is {short(value)}: it must be {KINDS[kind]}{span}", param=name)
+        return value
+
+
+def constraint(fields):
+    """What `response_format` and `regex` ask for, as settings. Refused where `Sampling` has no such setting."""
+    asked, form = {}, Fields(fields.take("response_format", dict, {}), "response_format.")
+    kind = form.take("type", str, "text")
+    if kind == "json_object":
+        asked["json_schema"] = {"type": "object"}
+    elif kind == "json_schema":
+        inner = Fields(form.take("json_schema", dict, {}), "response_format.json_schema.")
+        asked["json_schema"] = inner.take("schema", dict, {"type": "object"})
+    elif kind != "text":
+        raise Refused(400, f"response_format.type is {short(kind)}: it must be text, json_object or json_schema",
+                      param="response_format.type")
+    if (regex := fields.take("regex", str)) is not None:
+        asked["regex"] = regex
+    for name in asked:
+        if name not in Sampling.__dataclass_fields__:
+            field = {"json_schema": "response_format"}.get(name, name)
+            raise Refused(400, f"{field} is not supported: this engine does not constrain what it writes", param=field)
+    return asked
+
+
+class Choice:
+    """One text of a job, and how much of it is told: tokens, and what their bytes spell so far."""
+
+    def __init__(self, job, index, request):
+        self.job, self.index, self.request = job, index, request
+        self.told, self.counted, self.due, self.began = 0, 0, 0.0, None
+        self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+
+    @property
+    def made(self):
+        """How many tokens there are."""
+        return len(self.request.ids) - len(self.request.prompt)
+
+    def spell(self, token, last=False):
+        """The text that this token's bytes complete, and where it begins. Joined they are the text."""
+        text, begin = self.decoder.decode(self.job.llm.tokenizer.token_bytes(token), final=last), self.offset
+        self.offset += len(text)
+        return text, begin
+
+
+class Job:
+    """What one HTTP request waits for: its texts, which the engine's thread posts and the event loop tells.
+
+    The worker thread makes it of the request's body; how it is read and told is its dialect's, a subclass.
+    """
+
+    def __init__(self, service, body):
+        fields, self.service, self.llm = Fields(body), service, service.llm
+        model = fields.take("model", str, service.name)
+        if model not in service.names:
+            raise Refused(404, f"the model {short(model)} does not exist; there is {service.name!r}",
+                          param="model", code="model_not_found")
+        for name in NOT_HERE:
+            if fields.left.pop(name, None) not in NOTHING:
+                raise Refused(400, f"{name} is not supported", param=name)
+        self.stream = fields.take("stream", bool, False)
+        options = fields.take("stream_options", dict)
+        if options is not None and not self.stream:
+            raise Refused(400, "stream_options is only for stream: true", param="stream_options")
+        options = Fields(options or {}, "stream_options.")
+        self.include_usage = options.take("include_usage", bool, False)
+        settings = self.settings(fields)
+        prompts = self.read(fields, settings)
+        if (count := settings["n"] * len(prompts)) > service.most:
+            raise Refused(400, f"{count} texts are asked for: at most {service.most} are made at once", param="n")
+        requests = [r for i, prompt in enumerate(prompts)
+                    for r in self.requests(prompt, settings, f"prompt {i}: " if len(prompts) > 1 else "")]
+        self.choices = [Choice(self, index, r) for index, r in enumerate(requests)]
+        self.ignored = [*fields.left, *(options.where + name for name in options.left)]
+        self.head = dict(id=self.PREFIX + secrets.token_hex(12), object=self.OBJECT, created=int(time.time()),
+                         model=service.name)
+        self.news, self.late, self.arrived = deque(), False, time.perf_counter()
+
+    def settings(self, fields):
+        """The fields that both dialects share → settings of `Sampling`."""
+        settings = dict(n=1) | {name: value for name, (kind, low, high) in SETTINGS.items()
+                                if (value := fields.take(name, kind, None, low, high)) is not None}
+        if 0 < settings.get("temperature", 1) < 0.01:
+            settings["temperature"] = 0.01                                   # logits divided by less leave float32
+        if "top_k" in settings:
+            settings["top_k"] = min(max(settings["top_k"], 0), self.llm.model.config.vocab)
+        stop = fields.take("stop", (str, list), [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if len(stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_LENGTH for s in stop):
+            raise Refused(400, f"stop is {short(stop)}: it must be up to {STOPS} strings, none empty, none longer than "
+                          f"{STOP_LENGTH} characters", param="stop")
+        bias = fields.take("logit_bias", dict, {})
+        if not all(isinstance(v, NUMBER) and not isinstance(v, bool) and -100 <= v <= 100 for v in bias.values()):
+            raise Refused(400, "logit_bias must be numbers from -100 to 100 by token ids", param="logit_bias")
+        ignore_eos = fields.take("ignore_eos", bool, False)
+        return settings | dict(stop=stop, logit_bias=bias, ignore_eos=ignore_eos) | constraint(fields)
+
+    def requests(self, prompt, settings, where):
+        """A prompt's requests, as the engine checks them. What it refuses is a 400 that names the field."""
+        try:
+            return self.llm.requests(prompt, Sampling(**settings))
+        except ValueError as error:
+            message = str(error).removeprefix("prompt 0: ")
+            name = message.split(" ", 1)[0]
+            raise Refused(400, where + message, param=name if name in settings else self.PROMPT,
+                          code="context_length_exceeded" if "exceed" in message else None) from None
+
+    def post(self, choice):
+        """In the engine's thread: a text has grown or ended → whether the loop is to be woken for it."""
+        done, now = choice.request.finish_reason, time.perf_counter()
+        if not done and (not self.stream or now < choice.due):
+            return False
+        choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS  # many: more tokens an event
+        self.news.append((choice, choice.request.news() if self.stream else "", choice.made, done))
+        return True
+
+    async def answer(self, send):
+        """In the event loop: tell the texts, as they grow or when all have ended."""
+        left = len(self.choices)
+        if self.stream:
+            await send({"type": "http.response.start", "status": 200, "headers": [
+                (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"), *self.headers()]})
+            await self.write(send, [self.opening(c) for c in self.choices] if self.OPENS else [])
+        while left:
+            await self.woken.wait()
+            self.woken.clear()
+            fresh = {}                                                       # choice → its text, tokens, end
+            while self.news:
+                choice, text, made, end = self.news.popleft()
+                fresh[choice] = fresh.get(choice, ("",))[0] + text, made, end
+                left -= end is not None
+            if failed := self.failure():
+                if not self.stream:
+                    raise failed
+                await send({"type": "http.response.body", "body": b"data: " + json.dumps(failed.error).encode() + b"\n\n"})
+                return
+            if self.stream:
+                await self.write(send, [told for c, (text, made, end) in fresh.items()
+                                        if (told := self.piece(c, text, made, end))])
+        if self.stream:
+            usage = [self.chunk([], self.usage())] if self.include_usage else []
+            await self.write(send, usage, b"data: [DONE]\n\n", more=False)
+        else:
+            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in self.headers()}
+            await reply(send, 200, self.head | dict(choices=[self.whole(c) for c in self.choices], usage=self.usage()),
+                        headers)
+
+    def failure(self):
+        """Where a text ended by no doing of its own: what to answer."""
+        for r in (c.request for c in self.choices):
+            if r.finish_reason == "error":
+                return Refused(500, r.error)
+            if r.finish_reason == "abort":
+                return Refused(504, f"not done within {self.service.timeout:g} s", code="timeout")
+
+    def chunk(self, choices, usage=None):
+        """One event of a stream."""
+        body = self.head | dict(object=self.CHUNK, choices=choices)
+        return body | dict(usage=usage) if self.include_usage else body
+
+    async def write(self, send, chunks, end=b"", more=True):
+        data = b"".join(b"data: " + json.dumps(c, allow_nan=False).encode() + b"\n\n" for c in chunks) + end
+        if data:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def headers(self):
+        """Names the fields that nothing has read."""
+        names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:64] for name in self.ignored[:20]]
+        return [(b"x-ignored-fields", ", ".join(names).encode())] if names else []
+
+    def length(self, choice):
+        return choice.made
+
+    def usage(self):
+        first = self.choices[::self.choices[0].request.sampling.n]           # a prompt counts once for all its texts
+        read, made = sum(len(c.request.prompt) for c in first), sum(map(self.length, self.choices))
+        return dict(prompt_tokens=read, completion_tokens=made, total_tokens=read + made,
+                    prompt_tokens_details=dict(cached_tokens=sum(c.request.cached_tokens or 0 for c in first)))
+
+
+def floor(logprob):
+    """JSON has no −∞."""
+    return max(logprob, -9999.0)
+
+
+class Completion(Job):
+    """/v1/completions: a prompt or several, as text or tokens."""
+    PREFIX, OBJECT, CHUNK, OPENS, PROMPT = "cmpl-", "text_completion", "text_completion", False, "prompt"
+
+    def read(self, fields, settings):
+        """→ prompts; settings get what is this dialect's."""
+        prompts = fields.take("prompt", (str, list), [])
+        many = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
+        self.prompts = prompts = prompts if many else [prompts]
+        ids = lambda x: isinstance(x, list) and x and all(type(i) is int for i in x)
+        if not all(isinstance(p, str) for p in prompts) and not all(map(ids, prompts)):
+            raise Refused(400, "prompt must be a string, a list of token ids, or a list of either, none empty",
+                          param="prompt")
+        self.echo = fields.take("echo", bool, False)
+        best = fields.take("best_of", int, settings["n"], 1, 2 ** 63)
+        if best != settings["n"]:
+            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n", param="best_of")
+        settings["logprobs"] = fields.take("logprobs", int, None, 0, LIKELY)
+        if self.echo and settings["logprobs"] is not None:
+            settings["prompt_logprobs"] = settings["logprobs"]
+        most = fields.take("max_tokens", int, 16, 0, 2 ** 63)                # OpenAI's default
+        self.silent = most == 0                                              # only the prompt is wanted
+        settings["max_tokens"] = max(most, 1)
+        return prompts
+
+    def length(self, choice):
+        return 0 if self.silent else choice.made
+
+    def piece(self, choice, text, made, end):
+        """The event for a text that has grown to `made` tokens; None where there is nothing to tell yet."""
+        start, choice.told, r = choice.told, made, choice.request
+        prompt = self.prompts[choice.index // r.sampling.n]
+        tokens = list(zip(r.ids[len(r.prompt) + start:len(r.prompt) + made], (r.logprobs or [])[start:made]))
+        if self.silent:
+            text, tokens, end = "", [], end and "length"
+        if self.echo and not start:
+            text = (train.mend(prompt) if isinstance(prompt, str) else self.llm.tokenizer.decode(prompt)) + text
+            skip = len(self.llm.tokenizer.start_ids) if isinstance(prompt, str) else 0
+            tokens = list(zip(r.prompt, r.prompt_logprobs or []))[skip:] + tokens
+        if not text and not end and not tokens:
+            return None
+        logprobs = None if r.logprobs is None else self.logprobs(choice, tokens, end)
+        return self.chunk([dict(index=choice.index, text=text, logprobs=logprobs, finish_reason=end)])
+
+    def whole(self, choice):
+        (told,) = self.piece(choice, choice.request.text, choice.made, choice.request.finish_reason)["choices"]
+        return told
+
+    def logprobs(self, choice, tokens, end):
+        told = dict(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for i, (token, likely) in enumerate(tokens):
+            text, begin = choice.spell(token, last=bool(end) and i == len(tokens) - 1)
+            top = likely and {text if t == token else self.service.spelled(t): floor(p) for t, p in likely.items()}
+            for name, value in zip(told, (text, likely and floor(likely[token]), top, begin)):
+                told[name].append(value)
+        return told
+
+
+class Chat(Job):
+    """/v1/chat/completions: messages, through the folder's chat template."""
+    PREFIX, OBJECT, CHUNK, OPENS, PROMPT = "chatcmpl-", "chat.completion", "chat.completion.chunk", True, "messages"
+
+    def read(self, fields, settings):
+        ids = self.service.chat_ids(fields)
+        likely = fields.take("top_logprobs", int, None, 0, LIKELY)
+        if fields.take("logprobs", bool, False):
+            settings["logprobs"] = likely or 0
+        elif likely is not None:
+            raise Refused(400, "top_logprobs is only for logprobs: true", param="top_logprobs")
+        most = fields.take("max_tokens", int, None, 1, 2 ** 63)
+        settings["max_tokens"] = fields.take("max_completion_tokens", int, most, 1, 2 ** 63) or max(
+            1, self.service.room - len(ids))                                 # as long as the context is
+        return [ids]
+
+    def opening(self, choice):
+        return self.chunk([dict(index=choice.index, delta=dict(role="assistant", content=""), logprobs=None,
+                                finish_reason=None)])
+
+    def piece(self, choice, text, made, end):
+        start, choice.told = choice.told, made
+        logprobs = self.logprobs(choice, start, made)
+        if not text and not end and not logprobs:
+            return None
+        return self.chunk([dict(index=choice.index, delta=dict(content=text) if text else {}, logprobs=logprobs,
+                                finish_reason=end)])
+
+    def whole(self, choice):
+        r = choice.request
+        return dict(index=choice.index, message=dict(role="assistant", content=r.text, refusal=None),
+                    logprobs=self.logprobs(choice, 0, choice.made), finish_reason=r.finish_reason)
+
+    def logprobs(self, choice, start, stop):
+        r = choice.request
+        entry = lambda token, p: dict(token=self.service.spelled(token), logprob=floor(p),
+                                      bytes=list(self.llm.tokenizer.token_bytes(token)))
+        return None if r.logprobs is None else dict(refusal=None, content=[
+            entry(token, likely[token]) | dict(top_logprobs=[
+                entry(t, p) for t, p in itertools.islice(likely.items(), r.sampling.logprobs)])
+            for token, likely in zip(r.tokens[start:stop], r.logprobs[start:stop])])
+
+
+class Service:
+    """The engine's thread, which owns the LLM, and the worker's.
+
+    max_queue   texts that may wait beside the max_num_seqs that run; more are refused with 429
+    timeout     seconds that a request may take
+    """
+
+    def __init__(self, llm, max_queue=256, timeout=600.0):
+        self.llm, self.timeout, self.most = llm, timeout, llm.scheduler.most + max_queue
+        self.name = llm.folder.resolve().name or "model"
+        self.names = {self.name, str(llm.folder), str(llm.folder.resolve())}
+        self.room, self.template = min(llm.context, llm.blocks.total * llm.blocks.size), chat_template(llm.folder)
+        self.arriving = self.texts = self.streams = 0                        # the event loop's
+        self.orders, self.active = queue.SimpleQueue(), {}                   # active: request → choice, the engine's
+        self.metrics = Metrics(self)
+        self.worker = ThreadPoolExecutor(1, "worker")                        # one: a tokenizer is no place for two
+        self.engine = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.engine.start()
+
+    def close(self):
+        self.orders.put(None)
+        self.worker.shutdown(wait=False)
+        self.engine.join()
+
+    def spelled(self, token):
+        """A token by itself, as a string: its text, or the bytes of what is part of a character."""
+        data = self.llm.tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def chat_ids(self, fields):
+        """Takes `messages` → the ids of the prompt that the folder's template makes of them."""
+        messages = fields.take("messages", list)
+        if not messages:
+            raise Refused(400, "messages must be a list of at least one message", param="messages")
+        if not self.template:
+            raise Refused(400, f"the model {self.name!r} has no chat template: use /v1/completions", param="messages")
+        messages = [self.message(m, f"messages[{i}]", fields) for i, m in enumerate(messages)]
+        try:
+            return chat_ids(self.llm.tokenizer, self.template, messages)
+        except ValueError as error:
+            raise Refused(400, str(error), param="messages") from None
+
+    def message(self, message, where, fields):
+        """One message, checked → {"role", "content"}, its text parts as lines of one text."""
+        if not isinstance(message, dict):
+            raise Refused(400, f"{where} is {short(message)}: it must be an object", param=where)
+        own = Fields(message, where + ".")
+        role, content = own.take("role", str), own.take("content", (str, list))
+        if role not in ("system", "developer", "user", "assistant"):
+            raise Refused(400, f"{where}.role is {short(role)}: it must be system, developer, user or assistant",
+                          param=where + ".role")
+        for name in ("tool_calls", "function_call", "audio"):
+            if own.left.pop(name, None) not in NOTHING:
+                raise Refused(400, f"{where}.{name} is not supported", param=f"{where}.{name}")
+        if content is None:
+            raise Refused(400, f"{where}.content must be a string or a list of text parts", param=where + ".content")
+        for i, part in enumerate(content if isinstance(content, list) else []):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise Refused(400, f'{where}.content[{i}] must be {{"type": "text", "text": a string}}',
+                              param=f"{where}.content[{i}]")
+        for name, value in own.left.items():
+            if value is not None:
+                fields.left[own.where + name] = value                        # told as ignored
+        if role == "developer" and "developer" not in self.template[0]:
+            role = "system"                                                  # its name before 2025
+        return dict(role=role, content=content if isinstance(content, str) else "\n".join(p["text"] for p in content))
+
+    # In the event loop
+
+    async def take(self, scope, receive, make):
+        """A request's body, read, and `make(body)` by the worker thread."""
+        if self.arriving + self.texts >= self.most:
+            await read_body(scope, receive, keep=False)
+            raise self.busy()
+        self.arriving += 1
+        try:
+            data, kind = await read_body(scope, receive), dict(scope["headers"]).get(b"content-type", b"")
+            return await asyncio.get_running_loop().run_in_executor(
+                self.worker, lambda: make(parse_body(data, kind)))
+        finally:
+            self.arriving -= 1
+
+    def busy(self):
+        return Refused(429, f"{self.texts} texts are in the making and waiting, of at most {self.most}: try again later",
+                       code="rate_limit_exceeded", headers={"retry-after": "1"})
+
+    def submit(self, job):
+        if self.texts + len(job.choices) > self.most:
+            raise self.busy()
+        self.texts += len(job.choices)
+        self.streams += job.stream
+        job.loop, job.woken = asyncio.get_running_loop(), asyncio.Event()
+        self.orders.put((self.begin, job))
+
+    def leave(self, job):
+        """The job is over, however it ended: what of it still runs ends now, and its blocks are free."""
+        self.texts -= len(job.choices)
+        self.streams -= job.stream
+        if any(c.request.finish_reason is None for c in job.choices):
+            self.orders.put((self.abort, job))
+
+    # In the engine's thread
+
+    def begin(self, job):
+        for choice in job.choices:
+            self.active[choice.request] = choice
+            self.llm.scheduler.add(choice.request)
+
+    def abort(self, job):
+        ended = [c.request for c in job.choices if c.request.finish_reason is None]
+        for r in ended:
+            self.llm.abort(r)
+        self.deliver(ended)
+
+    def run(self):
+        """Orders first; then, while there are texts to make, one step after the other."""
+        while True:
+            while not self.active or not self.orders.empty():
+                if (order := self.orders.get()) is None:
+                    return
+                order[0](order[1])
+            try:
+                self.deliver(self.llm.step())
+            except Exception as error:                                       # out of memory, a kernel's failure
+                self.fail(error)
+
+    def fail(self, error):
+        """A step failed: the texts it worked on end with an error, and those that waited go on."""
+        traceback.print_exception(error)
+        s = self.llm.scheduler
+        ended = list(s.running or s.waiting)
+        for r in ended:
+            s.leave(r)
+            r.finish_reason, r.error = "error", f"the engine failed at this text ({type(error).__name__})"
+        self.deliver(ended)
+
+    def deliver(self, requests):
+        """Post what is new, and wake the loops that wait for it: once a step, not once a text."""
+        woken = {}                                                           # loop → jobs
+        for r in requests:
+            choice = self.active.pop(r) if r.finish_reason else self.active[r]
+            self.metrics.note(choice)
+            if choice.job.post(choice):
+                woken.setdefault(choice.job.loop, {})[choice.job] = None
+        for loop, jobs in woken.items():
+            with contextlib.suppress(RuntimeError):                          # a loop that is closed waits for nothing
+                loop.call_soon_threadsafe(lambda jobs=jobs: [job.woken.set() for job in jobs])
+
+
+class Metrics:
+    """What /metrics tells, by vLLM's names, so that its dashboards fit."""
+    SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+    TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+    def __init__(self, service):
+        import prometheus_client as prometheus
+        self.prometheus, self.service, self.registry = prometheus, service, prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        make = lambda name, what, buckets: prometheus.Histogram(
+            "vllm:" + name, what, ["model_name"], registry=self.registry, buckets=buckets).labels(service.name)
+        self.first = make("time_to_first_token_seconds", "From a request to its first token.", self.SECONDS)
+        self.between = make("inter_token_latency_seconds", "From one token of a text to its next, the mean of a text.",
+                            self.SECONDS)
+        self.whole = make("e2e_request_latency_seconds", "From a request to its last token.", self.SECONDS)
+        self.read = make("request_prompt_tokens", "Tokens of a prompt.", self.TOKENS)
+        self.made = make("request_generation_tokens", "Tokens of a text.", self.TOKENS)
+        self.counts = Counter()
+        self.registry.register(self)
+
+    def note(self, choice):
+        """A text has grown or ended."""
+        r, now, since = choice.request, time.perf_counter(), choice.job.arrived
+        self.counts["generation_tokens"] += choice.made - choice.counted
+        choice.counted = choice.made
+        if choice.began is None and choice.made:
+            choice.began = now
+            self.first.observe(now - since)
+            self.read.observe(len(r.prompt))
+            self.counts.update(prompt_tokens=len(r.prompt), prefix_cache_queries=len(r.prompt),
+                               prefix_cache_hits=r.cached_tokens or 0)
+        if r.finish_reason:
+            self.counts["finished", r.finish_reason] += 1
+            self.whole.observe(now - since)
+            self.made.observe(choice.made)
+            if choice.made > 1:
+                self.between.observe((now - choice.began) / (choice.made - 1))
+
+    def collect(self):
+        stats, family = self.service.llm.stats(), self.prometheus.metrics_core
+        for name, what, value in (
+                ("num_requests_running", "Texts in the making.", stats["running"]),
+                ("num_requests_waiting", "Texts that wait.", stats["waiting"]),
+                ("kv_cache_usage_perc", "Share of the cache's blocks that are held; 1: all.",
+                 1 - stats["free_blocks"] / stats["total_blocks"])):
+            gauge = family.GaugeMetricFamily("vllm:" + name, what, labels=["model_name"])
+            gauge.add_metric([self.service.name], value)
+            yield gauge
+        counts = dict(self.counts)
+        for name, what, value in (
+                ("num_preemptions", "Texts that were set back as blocks ran out.", stats["preemptions"]),
+                ("prompt_tokens", "Tokens of prompts.", counts.get("prompt_tokens", 0)),
+                ("generation_tokens", "Tokens made.", counts.get("generation_tokens", 0)),
+                ("prefix_cache_queries", "Tokens of prompts that the prefix cache was asked for.",
+                 counts.get("prefix_cache_queries", 0)),
+                ("prefix_cache_hits", "Those that it had.", counts.get("prefix_cache_hits", 0))):
+            counter = family.CounterMetricFamily("vllm:" + name, what, labels=["model_name"])
+            counter.add_metric([self.service.name], value)
+            yield counter
+        success = family.CounterMetricFamily("vllm:request_success", "Texts that have ended, by how.",
+                                             labels=["model_name", "finished_reason"])
+        for reason in ("stop", "length", "abort", "error"):
+            success.add_metric([self.service.name, reason], counts.get(("finished", reason), 0))
+        yield success
+
+    def text(self):
+        return self.prometheus.generate_latest(self.registry)
+
+
+class Generate:
+    """An endpoint that makes texts: accept, answer, and stop when the client leaves or time is up."""
+
+    def __init__(self, service, dialect):
+        self.service, self.dialect = service, dialect
+
+    async def __call__(self, scope, receive, send):
+        service = self.service
+        job = await service.take(scope, receive, lambda body: self.dialect(service, body))
+        service.submit(job)
+        scope["job"] = job                                                   # for the access log
+        work, gone = asyncio.ensure_future(job.answer(send)), asyncio.ensure_future(left(receive))
+        try:
+            await asyncio.wait((work, gone), timeout=service.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not gone.done():
+                job.late = True
+                service.orders.put((service.abort, job))
+                await asyncio.wait((work, gone), timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            service.leave(job)
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+
+
+async def left(receive):
+    """Until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def tokenize(service, body):
+    """/tokenize, as vLLM has it: `prompt`, or `messages` through the chat template."""
+    fields, tokenizer = Fields(body), service.llm.tokenizer
+    if "messages" in body:
+        ids = service.chat_ids(fields)
+    else:
+        if (text := fields.take("prompt", str)) is None:
+            raise Refused(400, "prompt must be a string", param="prompt")
+        try:
+            ids = (tokenizer.start_ids if fields.take("add_special_tokens", bool, True) else []) + tokenizer.encode(text)
+        except ValueError as error:
+            raise Refused(400, str(error), param="prompt") from None
+    strings = [service.spelled(i) for i in ids] if fields.take("return_token_strs", bool, False) else None
+    return dict(count=len(ids), max_model_len=service.llm.context, tokens=ids, token_strs=strings)
+
+
+def detokenize(service, body):
+    """/detokenize, as vLLM has it: `tokens` → `prompt`."""
+    V, ids = service.llm.model.config.vocab, Fields(body).take("tokens", list)
+    if ids is None or not all(type(i) is int and 0 <= i < V for i in ids):
+        raise Refused(400, f"tokens must be a list of token ids from 0 to {V - 1}", param="tokens")
+    return dict(prompt=train.mend(service.llm.tokenizer.decode(ids)))
+
+
+class Log:
+    """Lines to standard error by a thread of its own: where nobody reads them they are dropped, and no one waits."""
+
+    def __init__(self):
+        self.lines = queue.Queue(1000)
+        self.thread = threading.Thread(target=self.run, args=(sys.stderr,), name="log", daemon=True)
+        self.thread.start()
+
+    def run(self, stream):
+        while (line := self.lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):                   # a closed pipe
+                print(line, file=stream, flush=True)
+
+    def __call__(self, line):
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(line)
+
+    def close(self):
+        self(None)
+        self.thread.join(1)
+
+
+class Gate:
+    """Around all routes: who may enter, what browsers may do, a log line a request, and an end for what went wrong."""
+    OPEN = ("/", "/health", "/metrics")                                      # without a key
+    EVERYWHERE = [(b"access-control-allow-origin", b"*"), (b"x-content-type-options", b"nosniff"),
+                  (b"access-control-expose-headers", b"x-ignored-fields, x-request-id, retry-after")]
+
+    def __init__(self, app, key, log):
+        digest = lambda text: hashlib.sha256(text).digest()                  # of one length, so that a comparison tells
+        self.app, self.log, self.key = app, log, key and digest(key.encode())  # nothing of it by its time
+        self.fits = lambda given: hmac.compare_digest(digest(given), self.key)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status, number = time.perf_counter(), 0, secrets.token_hex(8)
+
+        async def noted(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *self.EVERYWHERE, (b"x-request-id", number.encode())]
+            await send(message)
+        try:
+            await self.enter(scope, receive, noted)
+        except Gone:
+            pass
+        except Exception as error:                                           # ours to mend: told in full here, not there
+            self.log("".join(traceback.format_exception(error)).rstrip())
+        finally:
+            job = scope.get("job")
+            told = f"{job.usage()['prompt_tokens']}+{job.usage()['completion_tokens']} tokens " if job else ""
+            self.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method'][:10]} {ascii(scope['path'][:80])[1:-1]} "
+                     f"{status or 'client left'} {1000 * (time.perf_counter() - start):.0f} ms {told}{number}")
+
+    async def enter(self, scope, receive, send):
+        headers = dict(scope["headers"])
+        if scope["method"] == "OPTIONS":                                     # a browser's question, asked without a key
+            wanted = headers.get(b"access-control-request-headers", b"authorization, content-type")
+            return await reply(send, 200, b"", {"access-control-allow-methods": "GET, POST, OPTIONS",
+                                                "access-control-allow-headers": wanted.decode("latin-1"),
+                                                "access-control-max-age": "86400"})
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if self.key and scope["path"] not in self.OPEN and not (scheme.lower() == b"bearer" and self.fits(given.strip())):
+            await read_body(scope, receive, keep=False)
+            return await Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY",
+                                 code="invalid_api_key", headers={"www-authenticate": "Bearer"})(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def application(service, key=None, log=print):
+    """The whole interface as an ASGI application, `log` for its lines."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+    page = (Path(__file__).parent / "assets" / "page.html").read_bytes()
+    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin", root=str(service.llm.folder),
+                max_model_len=service.llm.context, chat=bool(service.template))
+
+    async def show_page(request):
+        return Response(page, media_type="text/html", headers={
+            "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "referrer-policy": "no-referrer"})
+
+    async def models(request):
+        if (wanted := request.path_params.get("model")) is None:
+            return JSONResponse(dict(object="list", data=[card]))
+        if wanted not in service.names:
+            raise Refused(404, f"the model {short(wanted)} does not exist", param="model", code="model_not_found")
+        return JSONResponse(card)
+
+    async def health(request):
+        alive = service.engine.is_alive()
+        return JSONResponse(dict(status="ok" if alive else "the engine has ended"), 200 if alive else 503)
+
+    async def metrics(request):
+        return Response(service.metrics.text(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    def asked(make):
+        async def endpoint(request):
+            return JSONResponse(await service.take(request.scope, request.receive, lambda body: make(service, body)))
+        return endpoint
+
+    async def no_such(request, error):
+        what = {404: "there is no such path", 405: f"{request.method[:10]} is not for this path"}
+        return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers)
+
+    async def refused(request, error):
+        return error
+
+    async def unheard(request, error):
+        return lambda scope, receive, send: asyncio.sleep(0)
+
+    async def broken(request, error):
+        return Refused(500, "something went wrong here")
+    handlers = {400: no_such, 404: no_such, 405: no_such, Refused: refused, Gone: unheard, Exception: broken}
+    post = dict(methods=["POST"])
+    return Gate(Starlette(exception_handlers=handlers, routes=[
+        Route("/", show_page), Route("/health", health), Route("/metrics", metrics),
+        Route("/v1/models", models), Route("/v1/models/{model:path}", models),
+        Route("/v1/completions", Generate(service, Completion), **post),
+        Route("/v1/chat/completions", Generate(service, Chat), **post),
+        Route("/tokenize", asked(tokenize), **post), Route("/detokenize", asked(detokenize), **post)]), key, log)
+
+
+def listener(app, timeout):
+    """A uvicorn server for the application: the first signal drains it, a second one ends it."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Guarded(H11Protocol):
+        """Ends connections that bring no whole head of a request in time, and those that take no answer."""
+        seen = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            sock = transport.get_extra_info("socket")                        # small writes must not wait for one another
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
+
+        def connection_lost(self, error):
+            self.timer.cancel()
+            super().connection_lost(error)
+
+        def look(self):
+            idle = self.cycle is None or self.cycle.response_complete
+            if self.transport.is_closing() or idle and self.cycle is self.seen:
+                return self.transport.abort()                                # twice idle with nothing between
+            self.seen = self.cycle if idle else self
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
+
+        def send_400_response(self, message):
+            body = json.dumps(Refused(400, message).error).encode()
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                                 b"content-length: %d\r\n\r\n" % len(body) + body)
+            self.transport.close()
+
+    class Listener(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self):
+            here = threading.current_thread() is threading.main_thread()
+            old = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+            try:
+                yield
+            finally:
+                for number, handler in old.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, number, frame):
+            if self.should_exit:
+                os._exit(128 + number)
+            self.should_exit = True
+    return Listener(uvicorn.Config(app, http=Guarded, ws="none", lifespan="off", log_config=None, access_log=False,
+                                   server_header=False, timeout_keep_alive=HEAD_SECONDS, backlog=2048,
+                                   timeout_graceful_shutdown=math.ceil(timeout)))
+
+
+def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
+    """Serve until a signal says to end: no new connections then, what runs is finished. UserError: port not free."""
+    try:
+        if not 0 <= port < 2 ** 16:
+            raise OverflowError("a port is from 0 to 65535")
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.create_server(address[4], family=address[0], backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: {error}") from None
+    llm.generate([[0]], max_tokens=2, temperature=0.0)                       # kernels are compiled, libraries set up
+    sys.setswitchinterval(0.001)                                             # the engine waits less for the loop
+    log, service = Log(), Service(llm, max_queue, timeout)
+    server = listener(application(service, key, log), timeout)
+    at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    log(f"{service.name} at {at} (a page), {at}/v1 (OpenAI's interface)")
+    if not key and not ipaddress.ip_address(address[4][0].partition("%")[0]).is_loopback:
+        log("no --api-key: whoever reaches this address may use it")
+    try:
+        server.run([sock])
+    finally:
+        service.close()
+        log.close()
+
+
+# --- 11. The command line ---------------------------------------------------------------------------------------------
+
+
 
 def arguments():
     """The command line, as a parser."""
@@ -2839,6 +3748,14 @@ def arguments():
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
     p.add_argument("--bench-serving", action="store_true", help="time requests of mixed lengths, sent all at once")
+    p.add_argument("--serve", action="store_true", help="serve OpenAI's interface over HTTP, and a page to try it")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at, for --serve (%(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    p.add_argument("--api-key", default=os.environ.get("TWIN_API_KEY"), metavar="KEY",
+                   help="what clients must send; better by the environment variable TWIN_API_KEY (none: all may)")
+    p.add_argument("--max-queue", type=positive(int), default=256,
+                   help="texts that may wait beside those that run, more are refused with 429 (%(default)s)")
+    p.add_argument("--timeout", type=positive(float), default=600.0, help="seconds a request may take (%(default)s)")
     p.add_argument("--requests", type=positive(int), default=32, help="for --bench-serving (%(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="compile decode steps (--bench does where a compiler is there, GPUs always)")
@@ -2951,8 +3868,8 @@ def main(argv=None):
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
-        if sum([bool(args.score), args.bench, args.bench_serving, args.compare, args.prompt is not None]) > 1:
-            raise UserError("a prompt, --score, --bench, --bench-serving and --compare: give one of them")
+        if sum([bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None]) > 1:
+            raise UserError("a prompt, --score, --bench, --bench-serving, --compare and --serve: give one of them")
         if args.save and not (args.quantize or args.prune):
             raise UserError("--save writes a compressed model: give --quantize or --prune")
         text = train.read_text(args.score) if args.score else None
@@ -3003,6 +3920,8 @@ def main(argv=None):
                  f"between tokens {1000 * r['between_tokens_seconds_median']:.0f} ms "
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
+        elif args.serve:
+            serve(llm, args.host, args.port, args.api_key, args.max_queue, args.timeout)
         elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)
         else:

@@ -37,7 +37,7 @@ class Mixer(nn.Module):
                               torch.zeros(B, *self.state_shape, device=w.device))
 
     def forward(self, x, positions, state=None):
-        shape, gathered = x.shape, {}
+        shape = x.shape
         one = state is not None and (state.ones or shape[1] == 1 and state.cu_seqlens is None)
         gate, x, rest = self.in_proj(x.flatten(0, 1) if one else x).split(self.widths, dim=-1)
         w, bias = self.conv_weight.to(x.dtype), None if self.conv_bias is None else self.conv_bias.to(x.dtype)

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import time
 from pathlib import Path
 
@@ -37,6 +38,8 @@ if not GPU:                                                                  # t
 import attention as A
 import flash as Fl
 import infer
+import mod as M
+import ssm as Sm
 import train
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -1106,7 +1109,320 @@ def test_flash_proves_its_claims():
     assert code == 0 and "█" in out
 
 
-# --- 3. train.load: Hugging Face folders in, ours out, with transformers as the judge ---------------------------------
+# --- 3. ssm.py: S4D, the short convolution, Mamba's scan --------------------------------------------------------------
+
+def test_hippo_and_discretization():
+    A, B = Sm.hippo_legs(4)
+    assert A[2, 1] == -math.sqrt(15) and A[3, 3] == -4 and A[0, 1] == 0 and B[2] == math.sqrt(5)
+    for method, order in (("zoh", 1e-12), ("bilinear", 3e-3)):
+        A_bar, B_bar = Sm.discretize(A, B, 0.02, method)
+        values, vectors = np.linalg.eig(A)
+        exact = (vectors * np.exp(0.02 * values)) @ np.linalg.inv(vectors)
+        assert np.abs(A_bar - exact).max() < order and np.abs(B_bar - np.linalg.solve(A, (exact - np.eye(4)) @ B)).max() < order
+        a, b = Sm.discretize(np.diag(A)[None], B[None], np.array([0.02]), method)
+        whole = Sm.discretize(np.diag(np.diag(A)), B, 0.02, method)
+        assert np.allclose(a[0], np.diag(whole[0])) and np.allclose(b[0], whole[1])
+    with pytest.raises(ValueError, match="method"):
+        Sm.discretize(A, B, 0.1, "euler")
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 100])
+def test_s4d_is_a_recurrence_a_convolution_and_a_scan(T):
+    rng = np.random.default_rng(T)
+    A, C = Sm.s4d_init(3, 8), rng.standard_normal((3, 8)) + 1j * rng.standard_normal((3, 8))
+    x, dt = rng.standard_normal((T, 3)), np.array([1e-3, 0.03, 0.4])
+    y, h = Sm.s4d_recurrence_numpy(x, A, np.ones((3, 8)), C, dt)
+    for view in (Sm.s4d_convolution_numpy, Sm.s4d_scan_numpy):
+        assert np.abs(view(x, A, np.ones((3, 8)), C, dt) - y).max() < 1e-11
+    first, mid = Sm.s4d_recurrence_numpy(x[:T // 2], A, np.ones((3, 8)), C, dt)
+    second, end = Sm.s4d_recurrence_numpy(x[T // 2:], A, np.ones((3, 8)), C, dt, mid)
+    assert np.allclose(np.concatenate([first, second]), y) and np.allclose(end, h)
+
+
+def inputs_of(op, seed, T, packed, dtype=np.float64, low=1e-3, high=2.0):
+    """Random arguments of the convolution or of the scan: a batch, or a pack with an empty sequence in it."""
+    rng = np.random.default_rng(seed)
+    C, K, N = int(rng.integers(1, 70)), int(rng.integers(2, 6)), int(rng.integers(1, 20))
+    cu = None
+    if packed:
+        cuts = np.sort(rng.integers(0, T + 1, 4))
+        cu = np.array([0, *cuts, cuts[-1]], dtype=np.int32)                  # the last sequence is empty
+    B = 1 if packed else int(rng.integers(1, 4))
+    S = B if cu is None else len(cu) - 1
+    normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    if op == "causal_conv1d":
+        return (normal(B, T, C), normal(C, K), normal(C), normal(S, C, K - 1)), cu
+    dt = np.exp(rng.uniform(np.log(low), np.log(high), (B, T, C))).astype(dtype)
+    A = -np.exp(rng.uniform(-1, 2, (C, N))).astype(dtype)
+    return (normal(B, T, C), dt, A, normal(B, T, N), normal(B, T, N), normal(C), normal(S, C, N)), cu
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_backward_of_the_definitions_is_their_slope(op, packed):
+    f, back = getattr(Sm, op + "_numpy"), getattr(Sm, op + "_backward_numpy")
+    args, cu = inputs_of(op, 5, 9, packed)
+    rng = np.random.default_rng(1)
+    dys = [rng.standard_normal(o.shape) for o in f(*args, cu_seqlens=cu)]
+    grads = back(*args, cu_seqlens=cu, grad=tuple(dys))
+    assert len(grads) == len(args)
+    for i, g in enumerate(grads):
+        bump = 1e-6 * rng.standard_normal(args[i].shape)
+        up, down = (f(*args[:i], args[i] + s * bump, *args[i + 1:], cu_seqlens=cu) for s in (1, -1))
+        slope = sum(((a - b) * d).sum() for a, b, d in zip(up, down, dys)) / 2
+        assert abs(slope - (g * bump).sum()) <= 1e-7 * max(1e-6, np.abs(g * bump).sum()), i
+
+
+def against_the_definition(op, args, cu, tolerance, cast=torch.float32):
+    """The op in `cast`, outputs and gradients, against NumPy in float64 of the same numbers."""
+    tensors = [torch.tensor(a).to(cast) for a in args]
+    exact = [t.double().numpy() for t in tensors]
+    f, back = getattr(Sm, op + "_numpy"), getattr(Sm, op + "_backward_numpy")
+    outputs, grads = gradients(lambda *a: getattr(Sm, op)(*a[:-1], state=a[-1], cu_seqlens=None if cu is None else
+                                                          torch.tensor(cu)), *tensors)
+    wanted = f(*exact, cu_seqlens=cu)
+    dys = tuple(randn(*o.shape, seed=9 + i).to(o_.dtype).double().numpy() for i, (o, o_) in enumerate(zip(wanted, outputs)))
+    for a, b in zip(outputs + grads, [*wanted, *back(*exact, cu_seqlens=cu, grad=dys)]):
+        assert a.isfinite().all()
+        close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 31, 33, 63, 64, 65, 130, 257])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_the_ops_of_mamba_are_their_definitions(op, T, packed):
+    args, cu = inputs_of(op, T, T, packed)
+    against_the_definition(op, args, cu, 1e-5)
+    against_the_definition(op, args, cu, 1e-11, torch.float64)
+
+
+@pytest.mark.parametrize("T, packed", [(1, False), (3, True), (21, False), (38, True), (70, False)])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_the_kernels_of_mamba_are_the_definitions(op, T, packed):
+    args, cu = inputs_of(op, T + 100, T, packed)
+    with kernels():
+        against_the_definition(op, args, cu, 1e-5)
+
+
+@pytest.mark.parametrize("low, high", [(1e-8, 1e-6), (1e-6, 1e2), (10, 100)])
+def test_decays_near_one_and_near_nothing(low, high):
+    args, cu = inputs_of("selective_scan", 3, 150, False, low=low, high=high)
+    against_the_definition("selective_scan", args, cu, 1e-5)
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+def test_scans_of_half_precision_are_summed_in_single(cast):
+    args, _ = inputs_of("selective_scan", 3, 60, False)
+    half = [torch.tensor(a).to(cast) for a in args[:-1]]
+    y, state = Sm.selective_scan(*half)
+    wanted, end = Sm.selective_scan_numpy(*(t.double().numpy() for t in half))
+    assert y.dtype == cast and state.dtype == torch.float32
+    close(state, end, 1e-5)
+    close(y.float(), wanted, 2e-3 if cast == torch.float16 else 1.6e-2)
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_in_pieces_and_in_steps_it_is_the_whole(op):
+    args, _ = inputs_of(op, 8, 40, False)
+    *given, state = (torch.tensor(a).float() for a in args)
+    by_token = (0,) if op == "causal_conv1d" else (0, 1, 3, 4)
+    y, end = getattr(Sm, op)(*given, state=state)
+    for cuts in ((40,), (1,) * 40, (3, 20, 1, 16)):
+        h, at, parts = state, 0, []
+        for n in cuts:
+            own = [a[:, at:at + n] if i in by_token else a for i, a in enumerate(given)]
+            if n == 1:
+                out, h = getattr(Sm, op + "_step")(*(a[:, 0] if i in by_token else a for i, a in enumerate(own)), state=h)
+                out = out[:, None]
+            else:
+                out, h = getattr(Sm, op)(*own, state=h)
+            parts.append(out)
+            at += n
+        close(torch.cat(parts, 1), y, 1e-5)
+        close(h, end, 1e-5)
+    if op == "selective_scan":
+        a, b = Sm.selective_scan_associative_numpy(*args[:-1], state=args[-1])
+        close(a, Sm.selective_scan_numpy(*args)[0], 1e-11)
+        close(b, Sm.selective_scan_numpy(*args)[1], 1e-11)
+
+
+def test_what_does_not_fit_mamba_is_refused_by_name():
+    (x, dt, A, B, C, D, state), _ = inputs_of("selective_scan", 1, 7, False)
+    x, dt, A, B, C, D, state = map(torch.tensor, (x, dt, A, B, C, D, state))
+    for change, name in ((dict(A=-A), "A"), (dict(dt=-dt), "dt"), (dict(state=state[:, :, :-1] if state.shape[2] > 1 else
+                          state.repeat(1, 1, 2)), "state"), (dict(B=B[:, :-1]), "B"), (dict(D=D.repeat(2)), "D"),
+                         (dict(cu_seqlens=torch.tensor([0, 3, 2])), "cu_seqlens"), (dict(x=x[0]), "x")):
+        with pytest.raises(ValueError, match=f"selective_scan: .*{name}"):
+            Sm.selective_scan(**dict(dict(x=x[:1] if "cu_seqlens" in change else x, dt=dt[:1] if "cu_seqlens" in change else dt,
+                                          A=A, B=B[:1] if "cu_seqlens" in change else B,
+                                          C=C[:1] if "cu_seqlens" in change else C, D=D), **change))
+    with pytest.raises(ValueError, match="causal_conv1d: state"):
+        Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(4, 4), state=torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="causal_conv1d: x"):
+        Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(5, 4))
+
+
+# --- 4. mod.py: routing, its kernels, the causal decision -------------------------------------------------------------
+
+def mixture(seed=0, B=2, T=11, C=6):
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((C, C))
+    f = lambda x: np.tanh(x @ W)
+    back = lambda x, g: (g * (1 - np.tanh(x @ W) ** 2)) @ W.T
+    return rng.standard_normal((B, T, C)), rng.standard_normal(C), f, back, rng.standard_normal((B, T, C))
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.5, 1.0])
+def test_the_routed_layers_backward_is_its_slope(capacity):
+    x, w, f, back, dy = mixture()
+    dx, dw = M.mixture_backward_numpy(x, w, f, capacity, grad=dy, f_backward=back)
+    rng = np.random.default_rng(5)
+    for a, g, call in ((x, dx, lambda v: M.mixture_numpy(v, w, f, capacity)),
+                       (w, dw, lambda v: M.mixture_numpy(x, v, f, capacity))):
+        bump = 1e-6 * rng.standard_normal(a.shape)
+        slope = ((call(a + bump) - call(a - bump)) * dy).sum() / 2
+        assert abs(slope - (g * bump).sum()) <= 1e-6 * np.abs(g * bump).sum()
+    changed = (M.mixture_numpy(x, w, f, capacity) != x).any(-1)
+    assert (changed.sum(1) == math.ceil(capacity * 11)).all()
+
+
+def test_the_highest_are_chosen_in_order_and_of_equals_the_earlier():
+    scores = np.array([[0.0, 3.0, 1.0, 3.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    assert M.top_rows_numpy(scores, 0.5).tolist() == [1, 3, 5, 6, 7, 8]
+    assert M.top_rows_numpy(scores, 1 / 3).tolist() == [1, 3, 6, 7]
+    rows = M.random_rows_numpy(np.random.default_rng(0), 3, 40, 0.25)
+    assert len(rows) == 30 and len(set(rows)) == 30 and all((rows // 40 == b).sum() == 10 for b in range(3))
+    for capacity in (0, -1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="capacity"):
+            M.count(capacity, 8)
+
+
+def test_the_expert_that_does_nothing_and_the_threshold():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((20, 5)), rng.standard_normal((5, 3))
+    y = M.no_op_expert_numpy(x, w, [np.tanh, lambda x: x], 0.25)
+    assert 5 <= (y != x).any(1).sum() <= 10
+    w[:, 2] = 0
+    far = M.no_op_expert_numpy(x, np.concatenate([w[:, :2] * 0 - 50 * np.sign(x[:1].T), w[:, 2:]], 1), [np.tanh] * 2, 0.25)
+    assert np.abs(far[0] - x[0]).max() < 1e-6                                # all weight on doing nothing
+    bar = None
+    for _ in range(200):
+        bar = M.threshold_numpy(bar, rng.standard_normal(1000), 0.125)
+    assert abs(bar - 1.1503) < 0.05                                          # the normal distribution's upper eighth
+
+
+@pytest.mark.parametrize("N, m, C", [(1, 1, 1), (7, 3, 5), (40, 40, 33), (64, 8, 130), (9, 0, 4)])
+def test_gather_and_scatter_are_their_twins(path, N, m, C):
+    rng = np.random.default_rng(N + m + C)
+    rows = np.sort(rng.permutation(N)[:m])
+    x, update, weight = randn(N, C), randn(m, C, seed=1), randn(m, seed=2)
+    for cast, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-3)):
+        if cast == torch.float64 and path == "kernel":
+            continue
+        a = [t.to(cast) for t in (x, update, weight)]
+        exact, index = [t.double().numpy() for t in a], torch.tensor(rows)
+        (y,), (dx,) = gradients(lambda x: M.gather_rows(x, index), a[0])
+        close(y, M.gather_rows_numpy(exact[0], rows), tolerance)
+        dy = randn(m, C, seed=9).to(cast).double().numpy()
+        close(dx, M.gather_rows_backward_numpy(exact[0], rows, grad=dy)[0], tolerance)
+        (y,), grads = gradients(lambda x, u, w: M.scatter_add_rows(x, index, u, w), *a)
+        close(y, M.scatter_add_rows_numpy(exact[0], rows, *exact[1:]), tolerance)
+        dy = randn(N, C, seed=9).to(cast).double().numpy()
+        for g, wanted in zip(grads, M.scatter_add_rows_backward_numpy(exact[0], rows, *exact[1:], grad=dy)):
+            close(g, wanted, tolerance * max(1, C ** 0.5 / 4))
+
+
+def test_what_does_not_fit_a_router_is_refused():
+    x = torch.zeros(4, 3)
+    for call in (lambda: M.gather_rows(x, torch.tensor([0, 4])), lambda: M.gather_rows(x[0], torch.tensor([0])),
+                 lambda: M.scatter_add_rows(x, torch.tensor([0]), x[:2], torch.ones(1))):
+        with pytest.raises(ValueError, match="rows|update"):
+            call()
+    block = train.Block(torch.nn.Identity(), torch.nn.Identity(), 4)
+    for arguments in (dict(capacity=0), dict(capacity=1.1), dict(routing="best")):
+        with pytest.raises(ValueError, match="capacity|routing"):
+            M.MixtureOfDepths(block, 4, **arguments)
+
+
+def routed(letter="a", routing="topk", capacity=0.25, C=32, seed=0):
+    raw = train.our_config(letter.upper(), C, 2, 1, 50, 64, [], capacity=capacity, routing=routing)
+    model = train.empty_model(train.parse_config(raw)).initialize(seed)
+    with torch.no_grad():
+        for i, w in enumerate(model.blocks[0].block.parameters()):
+            if not w.any():
+                w.copy_(0.3 * randn(*w.shape, seed=i))
+    return model.blocks[0].double()
+
+
+@pytest.mark.parametrize("letter", ["a", "s", "m", "d"])
+@pytest.mark.parametrize("T, capacity", [(1, 0.125), (17, 0.25), (16, 1.0)])
+def test_a_routed_block_is_the_block_on_the_chosen_tokens(letter, T, capacity):
+    layer = routed(letter, capacity=capacity).train()
+    x, positions = randn(2, T, 32), torch.arange(T)
+    y = layer(x, positions)
+    scores = (x @ layer.router.weight[0]).detach().numpy()
+    rows = M.top_rows_numpy(scores, capacity).reshape(2, -1)
+    wanted = x.clone()
+    for b in range(2):
+        at = torch.tensor(rows[b] - b * T)
+        update = layer.block.delta(x[b:b + 1, at], at)                       # true positions, true order
+        wanted[b, at] += torch.sigmoid(torch.tensor(scores[b])[at])[:, None] * update[0]
+    close(y.detach(), wanted.detach(), 1e-5 if letter in "smd" else 1e-10)
+    (y.sum() + layer.auxiliary).backward()
+    assert layer.router.weight.grad.abs().sum() > 0
+
+
+def test_the_predictors_gradient_ends_at_what_it_reads():
+    layer = routed().train()
+    x = randn(2, 16, 32).requires_grad_()
+    layer(x, torch.arange(16))
+    layer.auxiliary.backward()
+    assert x.grad is None and layer.router.weight.grad is None
+    assert all(w.grad.abs().sum() > 0 for w in layer.predictor.parameters())
+    told = M.agreement([layer.counts])
+    assert 0 <= told["router_agreement"] <= 1 and 0 <= told["router_f1"] <= 1 and M.agreement([torch.zeros(4)]) == {}
+
+
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+def test_each_token_is_decided_by_itself_in_generation(routing):
+    layer = routed(routing=routing)
+    x, positions = randn(3, 20, 32), torch.arange(20)
+    if routing == "threshold":
+        layer.train()
+        for _ in range(3):
+            layer(x, positions)
+            layer.settle()
+        assert abs((x @ layer.router.weight[0] > layer.threshold).double().mean() - 0.25) < 0.05
+    layer.eval()
+    with torch.no_grad():
+        y = layer(x, positions)
+        taken = (y != x).any(-1)
+        assert 0 < taken.sum() < taken.numel()
+        for t in (1, 7, 19):                                                 # nothing of the future
+            assert torch.equal((layer(x[:, :t], positions[:t]) != x[:, :t]).any(-1), taken[:, :t])
+            close(layer(x[:, :t], positions[:t]), y[:, :t], 1e-12)
+        alone = torch.cat([layer(x[b:b + 1], positions) for b in range(3)])
+        close(alone, y, 1e-12)
+
+
+AHEAD_MOD = """
+def launch(target):
+    import mod as M
+    M.on_kernel = lambda x: True
+    for dtype, C in (torch.bfloat16, 768), (torch.bfloat16, 4096), (torch.float32, 4096):
+        t = lambda *shape: torch.zeros(shape, dtype=dtype, requires_grad=True)
+        rows = torch.arange(3)
+        M.gather_rows(t(9, C), rows).sum().backward()
+        M.scatter_add_rows(t(9, C), rows, t(3, C), t(3)).sum().backward()
+"""
+
+
+def test_kernels_of_routing_compile_ahead_without_spills(tmp_path):
+    for made in ahead(AHEAD_MOD, M, set(), tmp_path).values():
+        assert not any(kernel["memory"] or kernel["scalar"] for kernel in made)
+
+
+# --- 5. train.load: Hugging Face folders in, ours out, with transformers as the judge ---------------------------------
 
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=97, max_position_embeddings=64)
@@ -1302,7 +1618,7 @@ def test_our_folder_loads_in_transformers(trained):
     assert [library.eos_token_id] == tokenizer.eos_ids
 
 
-# --- 4. train.py: text and tokens -------------------------------------------------------------------------------------
+# --- 6. train.py: text and tokens -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def bpe(corpus):
@@ -1482,7 +1798,7 @@ def test_windows_cover_an_epoch_once_and_are_a_function_of_their_number():
     assert train.window_starts(np.arange(18), 16, 0, 5, 4)                   # barely one window
 
 
-# --- 5. train.py: training --------------------------------------------------------------------------------------------
+# --- 7. train.py: training --------------------------------------------------------------------------------------------
 
 def test_orthogonalize_makes_all_directions_alike():
     x = randn(3, 24, 40, dtype=torch.float32) @ torch.diag(torch.logspace(0, -1.5, 40))
@@ -1883,7 +2199,7 @@ def test_data_that_is_no_data(tmp_path):
         assert code == 2 and word in err and "Traceback" not in err, err
 
 
-# --- 6. infer.py: sampling, text, generation --------------------------------------------------------------------------
+# --- 8. infer.py: sampling, text, generation --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("N, I, O", [(1, 1, 2), (1, 7, 5), (3, 64, 33), (9, 130, 7), (33, 96, 260)])
 def test_int8_linear_is_its_numpy_twin(N, I, O):
@@ -2691,7 +3007,442 @@ def test_bad_input_to_infer_is_one_clear_line(flags, trained):
     assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("infer.py: "), err
 
 
-# --- 7. As a user runs them -------------------------------------------------------------------------------------------
+# --- 9. Stacks of all kinds: recurrent and routed blocks, trained and served ------------------------------------------
+
+STACKS = ["ssss", "m", "dd", "sssa", "mAd", "aS", "AaAA", "sDaM"]
+
+
+@pytest.fixture(scope="session")
+def stacks(trained, tmp_path_factory):
+    """layers → a folder of random weights, with the tokenizer of `trained`; made when it is first asked for."""
+    made, tokenizer = {}, train.load_tokenizer(trained)
+
+    def folder(layers, **changes):
+        key = (layers, *changes.items())
+        if key not in made:
+            raw = train.our_config(layers, 64, 2, 1, tokenizer.vocab_size, 128, tokenizer.eos_ids, capacity=0.4)
+            model = train.empty_model(train.parse_config({**raw, **changes})).initialize(1)
+            with torch.no_grad():
+                for i, (name, w) in enumerate(model.named_parameters()):
+                    if not w.any():                                          # what starts at zero
+                        w.copy_(0.3 * randn(*w.shape, seed=i))
+            made[key] = tmp_path_factory.mktemp("stack")
+            train.save(model, tokenizer, made[key])
+        return made[key]
+    return folder
+
+
+@pytest.mark.parametrize("layers", STACKS)
+def test_any_stack_serves_the_same_text_batched_chunked_preempted_and_from_the_prefix_cache(stacks, layers):
+    folder = stacks(layers)
+    plain = infer.LLM(folder, prefix_caching=False, max_num_seqs=1)
+    one = [plain.generate(p, max_tokens=20, ignore_eos=True, **s)[0] for p, s in MIXED]
+    tokens = [[r.tokens for r in (result if isinstance(result, list) else [result])] for result in one]
+    assert plain.model.config.layers == layers and len({tuple(t[0]) for t in tokens}) > 3
+    for options in ({}, dict(max_num_batched_tokens=1), dict(max_num_batched_tokens=7, block_size=4), dict(max_num_seqs=3),
+                    dict(num_blocks=12, max_num_batched_tokens=5, block_size=8), dict(block_size=1)):
+        m = infer.LLM(folder, **options)
+        for _ in range(2):
+            requests = [m.add(p, max_tokens=20, ignore_eos=True, **s) for p, s in MIXED]
+            while any(r.finish_reason is None for rs in requests for r in rs):
+                m.step()
+            assert [[r.tokens for r in rs] for rs in requests] == tokens, options
+            assert idle(m)
+        s = m.stats()
+        assert s["prefix_hits"] > 0 and (s["preemptions"] > 0) == ("num_blocks" in options)
+
+
+@pytest.mark.parametrize("layers", ["ssss", "sDaM", "AaAA"])
+def test_random_traffic_over_any_stack(stacks, layers):
+    rng, plain = np.random.default_rng(3), infer.LLM(stacks(layers), prefix_caching=False, max_num_seqs=1)
+    m = infer.LLM(stacks(layers), block_size=4, num_blocks=17, max_num_batched_tokens=16, max_num_seqs=8)
+    for (prompt, arguments), r in traffic(m, rng, 15):
+        assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
+
+
+@pytest.mark.parametrize("layers", STACKS)
+def test_whole_chunk_and_token_agree_in_any_stack(stacks, layers):
+    model, tokenizer = train.load(stacks(layers))
+    tokens = torch.arange(90).reshape(2, 45) % 250
+    with torch.no_grad():
+        whole = model(tokens)
+        for cuts in ((1,) * 45, (44, 1), (7, 1, 1, 20, 16)):
+            states, at, parts = model.new_states(2, 45), 0, []
+            for n in cuts:
+                parts.append(model(tokens[:, at:at + n], torch.arange(at, at + n), states))
+                at += n
+            close(torch.cat(parts, 1), whole, 2e-5)
+
+
+def test_states_alone_know_no_longest_text(stacks):
+    m = infer.LLM(stacks("ssss"), max_num_seqs=2)
+    assert m.context == 128
+    (r,) = m.generate("x", max_tokens=200, ignore_eos=True, temperature=0)
+    assert len(r.tokens) == 200 and idle(m)
+    with pytest.raises(ValueError, match="context of 128"):
+        infer.LLM(stacks("sssa")).add("x", max_tokens=200)
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once(stacks):
+    m = infer.LLM(stacks("sssa"), block_size=4)
+    start = list(range(40))
+    requests = [m.add(start + [100 + i] * 9, max_tokens=2, ignore_eos=True)[0] for i in range(6)]
+    while any(r.finish_reason is None for r in requests):
+        m.step()
+    assert [r.cached_tokens for r in requests] == [0] + [40] * 5             # they waited for the first
+    (again,) = m.generate([start + [100] * 9], max_tokens=2)
+    assert again.cached_tokens == 48
+    (other,) = m.generate([start[:23] + [7] * 9], max_tokens=2)              # nothing was kept at 20,
+    (after,) = m.generate([start[:23] + [8] * 9], max_tokens=2)              # but now it is
+    assert (other.cached_tokens, after.cached_tokens) == (0, 20)
+
+
+def test_of_states_kept_for_prompts_those_used_longest_ago_go(stacks):
+    m = infer.LLM(stacks("ssss"), block_size=4)
+    m.blocks.most = 3
+    for i in range(5):
+        m.generate([[i] * 9], max_tokens=1)
+    assert len(m.blocks.memories) == 3 == sum(b.memory is not None for b in m.blocks.known.values())
+    m.generate([[2] * 9], max_tokens=1)                                      # used again, so the latest
+    m.generate([[9] * 9], max_tokens=1)
+    assert m.generate([[2] * 9], max_tokens=1)[0].cached_tokens == 8
+    assert m.generate([[3] * 9], max_tokens=1)[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize("layers", ["ssss", "sDaM"])
+def test_int8_weights_and_cache_in_any_stack(stacks, layers):
+    text = (HERE / "attention.py").read_text()[:2000]
+    exact = infer.score(infer.LLM(stacks(layers)), text)["bits_per_byte"]
+    small = infer.LLM(stacks(layers), quantize="int8", kv_cache_dtype="int8")
+    assert abs(infer.score(small, text)["bits_per_byte"] / exact - 1) < 2e-2
+    prompts = [START, START + "x", "import"]
+    together = [r.tokens for r in small.generate(prompts, max_tokens=12, seed=[1, 2, 3])]
+    assert together == [small.generate(p, max_tokens=12, seed=i + 1)[0].tokens for i, p in enumerate(prompts)]
+
+
+def hf_mamba2(tmp_path, **changes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.Mamba2Config(**dict(dict(
+        num_heads=4, head_dim=16, hidden_size=32, state_size=24, n_groups=2, num_hidden_layers=3, vocab_size=300,
+        chunk_size=16, expand=2), **changes))
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            if w.ndim == 1 and "norm" in name or name.endswith((".D", "conv1d.bias")):
+                w.add_(0.3 * torch.randn_like(w))                            # nothing at its neutral value
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(n_groups=1, use_conv_bias=False), dict(use_bias=True, conv_kernel=3), dict(time_step_limit=(0.02, 0.5)),
+    dict(tie_word_embeddings=True), dict(residual_in_fp32=False, layer_norm_epsilon=1e-3)], ids=str)
+def test_a_mamba2_folder_of_hugging_face_gives_its_logits(tmp_path, changes, trained):
+    theirs = hf_mamba2(tmp_path, **changes)
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    ours, _ = train.load(tmp_path)
+    tokens = torch.arange(74).reshape(2, 37) * 7 % 300
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        close(ours(tokens), wanted, 1e-4)
+        states = ours.new_states(2, 37)
+        steps = [ours(tokens[:, i:i + 1], torch.tensor([i]), states) for i in range(37)]
+    close(torch.cat(steps, 1), wanted, 1e-4)
+
+
+def test_our_mamba2_folder_is_one_of_hugging_face(stacks, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stacks("ssss")).eval()
+    ours, _ = train.load(stacks("ssss"))
+    tokens = torch.arange(60).reshape(2, 30) % 250
+    with torch.no_grad():
+        close(ours(tokens), theirs(tokens).logits, 1e-4)
+    theirs.save_pretrained(tmp_path)                                         # and back
+    shutil.copy(stacks("ssss") / "tokenizer.json", tmp_path)
+    with torch.no_grad():
+        close(train.load(tmp_path)[0](tokens), ours(tokens), 1e-6)
+
+
+@pytest.mark.parametrize("layers", ["s", "ma", "dA", "Sa"])
+def test_any_stack_trains_resumes_to_the_bit_and_is_served(corpus, layers, tmp_path):
+    flags = ["--data", corpus, "--layers", layers, "--dim", 64, "--context", 32, "--batch", 4, "--vocab", 400]
+    flags += ["--capacity", 0.25] if layers != layers.lower() else []
+    assert run(train, *flags, "--steps", 12, "--out", tmp_path / "whole")[0] == 0
+    first = run(train, *flags, "--steps", 6, "--out", tmp_path / "cut")
+    assert first[0] == 0, first[2]
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val_loss"] < log[0]["val_loss"] - 0.1
+    assert ("router_agreement" in log[-1]) == (layers != layers.lower())
+    code, out, err = run(infer, "def f(", "--model", tmp_path / "whole", "--max-tokens", 5, "--seed", 1)
+    assert code == 0 and out, err
+
+
+@pytest.mark.parametrize("layers", ["sa", "Ad"])
+def test_a_stack_that_was_stopped_goes_on_as_if_it_had_not_been(corpus, layers, tmp_path):
+    flags = ["--data", corpus, "--layers", layers, "--dim", 64, "--context", 32, "--batch", 4, "--vocab", 400, "--steps", 8]
+    assert run(train, *flags, "--out", tmp_path / "whole")[0] == 0
+    before, train.Stop.code = train.Stop.__init__, None
+
+    def stop_at(self):
+        before(self)
+        self.code = 130
+    train.Stop.__init__ = stop_at                                            # as Ctrl-C at once
+    try:
+        assert run(train, *flags, "--out", tmp_path / "cut")[0] == 130
+    finally:
+        train.Stop.__init__ = before
+    assert run(train, "--resume", "--out", tmp_path / "cut")[0] == 0
+    a, b = (safetensors.torch.load_file(tmp_path / x / "model.safetensors") for x in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--layers", "axa"], "--layers axa"), (["--capacity", "0.5"], "--capacity 0.5"),
+    (["--layers", "aA", "--capacity", "1.5"], "--capacity 1.5"), (["--layers", "aa", "--routing", "topk"], "--routing topk")])
+def test_bad_layers_are_one_clear_line(flags, said, corpus, tmp_path):
+    code, _, err = run(train, "--data", corpus, "--steps", 2, "--out", tmp_path, *flags)
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self"])
+@pytest.mark.parametrize("layers", ["ssss", "sssa", "sDaM", "AaAA"])
+def test_any_stack_writes_the_same_with_drafts(stacks, layers, draft):
+    plain = infer.LLM(stacks(layers), prefix_caching=False, max_num_seqs=1)
+    m = infer.LLM(stacks(layers), draft=draft, block_size=4, num_blocks=30, max_num_batched_tokens=16)
+    m.learn, m.costs = lambda *_: None, {(n, False): 1.0 for n in range(20)}
+    rng = np.random.default_rng(5)
+    for (prompt, arguments), r in traffic(m, rng, 10):
+        assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
+    (r,) = m.generate([[40, 41, 42] * 6], max_tokens=30, temperature=0, logit_bias={40: 60.0})       # drafts that hold
+    assert r.tokens == [40] * 30 and m.stats()["draft_tokens"] > 10
+    assert m.stats()["accepted_tokens"] > (15 if draft == "ngram" else -1) and idle(m)
+
+
+# --- 10. Drafts: a text is the same with and without ------------------------------------------------------------------
+
+@pytest.mark.parametrize("draft", ["ngram", "self", "folder"])
+@pytest.mark.parametrize("options", [
+    {}, dict(max_num_batched_tokens=7, block_size=4), dict(num_blocks=12, max_num_batched_tokens=5, block_size=8),
+    dict(max_num_seqs=3, num_draft_tokens=1), dict(num_draft_tokens=7, block_size=1)], ids=str)
+def test_a_text_is_the_same_with_drafts(trained, alone, draft, options):
+    m = infer.LLM(trained, draft=trained if draft == "folder" else draft, **options)
+    m.learn = lambda *_: None                                                # drafts pay, whatever the clock says
+    m.costs = {(n, False): 1.0 for n in range(20)}
+    requests = [m.add(prompt, max_tokens=24, ignore_eos=True, **s) for prompt, s in MIXED]
+    while any(r.finish_reason is None for rs in requests for r in rs):
+        m.step()
+    assert [[r.tokens for r in rs] for rs in requests] == alone
+    assert idle(m) and m.stats()["draft_tokens"] > 0
+    if draft == "folder":                                                    # it guesses what the target says
+        assert m.stats()["accepted_tokens"] > 0.5 * m.stats()["draft_tokens"]
+
+
+@pytest.mark.parametrize("draft", ["ngram", "self", "folder"])
+def test_random_traffic_with_drafts(trained, draft):
+    rng, plain = np.random.default_rng(2), infer.LLM(trained, prefix_caching=False, max_num_seqs=1)
+    m = infer.LLM(trained, draft=trained if draft == "folder" else draft, block_size=4, num_blocks=17,
+                  max_num_batched_tokens=16, max_num_seqs=8)
+    m.learn, m.costs = lambda *_: None, {(n, False): 1.0 for n in range(20)}
+    for (prompt, arguments), r in traffic(m, rng, 12):
+        assert same_text(plain, prompt, arguments, r), (prompt, arguments, r.tokens)
+    assert not getattr(m.drafter, "texts", None) and not getattr(m.drafter, "seen", None)            # nothing is left
+
+
+def test_an_end_inside_a_draft_ends_the_text(trained):
+    """The model repeats itself, the drafts say so; one of those tokens is declared the end."""
+    prompt, plain = [40, 41, 42, 43] * 6, infer.LLM(trained)
+    (free,) = plain.generate([prompt], max_tokens=30, temperature=0, logit_bias={i: 60.0 for i in (40,)})
+    m = infer.LLM(trained, draft="ngram", num_draft_tokens=5)
+    m.learn, m.costs = lambda *_: None, {(1, False): 1.0}
+    (r,) = m.generate([prompt], max_tokens=30, temperature=0, logit_bias={40: 60.0})
+    assert r.tokens == free.tokens and m.stats()["accepted_tokens"] > 15
+    m.eos_ids = {40}
+    (r,) = m.generate([prompt], max_tokens=30, temperature=0, logit_bias={40: 60.0}, logprobs=2)
+    assert r.tokens == [40] and r.finish_reason == "stop" and len(r.logprobs) == 1
+    m.eos_ids = set()
+    piece = m.tokenizer.decode([40])
+    (r,) = m.generate([prompt], max_tokens=30, temperature=0, logit_bias={40: 60.0}, logprobs=2, stop=piece * 3)
+    assert r.tokens == [40] * 3 and r.text == "" and len(r.logprobs) == 3 and r.finish_reason == "stop" and idle(m)
+
+
+def test_drafts_that_do_not_pay_pause(trained):
+    m = infer.LLM(trained, draft="ngram")
+    m.drafter.propose = lambda requests, k: [[0] * k for _ in requests]      # always wrong,
+    m.learn = lambda segments, _: infer.LLM.learn(m, segments, 3.0 if any(r.drafts for r, *_ in segments) else 1.0)
+    (r,), seen = m.add([40, 41], max_tokens=60, temperature=1.0, seed=3, ignore_eos=True, logit_bias={0: -90.0}), []
+    while r.finish_reason is None:
+        drafted = m.draft_tokens
+        m.step()
+        seen.append(m.draft_tokens > drafted)
+    assert 0 < sum(seen) < 12 and r.rest > 8 and idle(m)                     # tried, and tried ever more rarely
+
+
+def test_both_rules_of_acceptance_draw_what_the_target_says():
+    rng, V, k, n = np.random.default_rng(0), 7, 2, 20_000
+    p, q = rng.dirichlet(np.ones(V), k + 1), rng.dirichlet(np.ones(V), k)
+    first, second, third = np.zeros(V), np.zeros(V), np.zeros(V)
+    for _ in range(n):
+        drafts = [rng.choice(V, p=row) for row in q]
+        tokens = infer.accept_or_resample_numpy(p, q, drafts, rng)
+        first[tokens[0]] += 1
+        if len(tokens) > 1:
+            second[tokens[1]] += 1
+        if len(tokens) > 2:
+            third[tokens[2]] += 1
+    chi = lambda seen, wanted: ((seen - seen.sum() * wanted) ** 2 / (seen.sum() * wanted)).sum()
+    limit = 22.46                                                            # chi-square of 6, p = 0.001
+    assert chi(first, p[0]) < limit and chi(second, p[1]) < limit and chi(third, p[2]) < limit
+    # The engine's rule: the target's own token, whatever was guessed; and a draft with the same noise is often right.
+    rows = [infer.Request([0], infer.Sampling(), 7, i, 10, None) for i in range(n)]
+    logits = torch.log(torch.from_numpy(np.stack([p[0], q[0]]))).float()
+    target, draft = (np.array(infer.sample(row.repeat(n, 1), rows)) for row in logits)
+    assert chi(np.bincount(target, minlength=V), p[0]) < limit
+    accepted, classic = (target == draft).mean(), np.minimum(p[0], q[0]).sum()
+    assert classic / (2 - classic) - 0.02 < accepted <= classic + 0.01       # between the bound for Gumbel and the best
+
+
+def test_a_draft_that_cannot_be_is_refused(trained, tmp_path):
+    code, _, err = run(infer, "x", "--model", trained, "--draft", tmp_path / "none")
+    assert code == 2 and "draft" in err and len(err.strip().splitlines()) == 1
+    shutil.copytree(trained, tmp_path / "other")
+    source = json.loads((tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8"))
+    a, b = list(source["model"]["vocab"])[-2:]
+    vocab = source["model"]["vocab"]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(source), encoding="utf-8")
+    with pytest.raises(ValueError, match="draft .*tokens"):
+        infer.LLM(trained, draft=tmp_path / "other")
+    with pytest.raises(ValueError, match="num_draft_tokens"):
+        infer.LLM(trained, draft="ngram", num_draft_tokens=0)
+
+
+# --- 11. Constraints: regular expressions and JSON schemas ------------------------------------------------------------
+
+SCHEMAS = [
+    True, {"type": "object"}, {"type": "string"}, {"type": "integer", "minimum": -3, "maximum": 120}, {"const": 3},
+    {"type": "number", "exclusiveMinimum": 0}, {"enum": ["a", 1, None, [2, {"b": 3}]]}, {"type": ["null", "boolean"]},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 4},
+    {"type": "array", "prefixItems": [{"type": "string"}, {"type": "null"}], "items": False},
+    {"type": "object", "properties": {"z": {"type": "string", "maxLength": 8}, "a": {"type": "integer"}},
+     "required": ["z", "a"], "additionalProperties": False},
+    {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1, "maxProperties": 3},
+    {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer"}}, "required": ["kind"]},
+    {"anyOf": [{"type": "string", "pattern": "^[a-z]{2,5}$"}, {"type": "array", "items": {"type": "null"}}]},
+    {"type": "string", "format": "date"}, {"type": "string", "format": "uuid"}, {"type": "string", "minLength": 3},
+    {"type": "string", "pattern": "^hello\\!$"}, {"allOf": [{"type": "integer"}, {"minimum": 5}]},
+    {"$defs": {"tree": {"type": "object", "properties": {"v": {"type": "integer"}, "kids": {
+        "type": "array", "items": {"$ref": "#/$defs/tree"}}}, "required": ["v"], "additionalProperties": False}},
+     "$ref": "#/$defs/tree"},
+    {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 100},
+]
+
+
+@pytest.mark.parametrize("options", [{}, dict(draft="ngram"), dict(draft="self", max_num_batched_tokens=5, num_blocks=40)],
+                         ids=str)
+def test_a_text_is_json_of_its_schema_or_cut_by_its_length(trained, options):
+    jsonschema = pytest.importorskip("jsonschema")
+    m = infer.LLM(trained, **options)
+    m.learn, m.costs = lambda *_: None, {(n, False): 1.0 for n in range(99)}
+    results = m.generate(["x = "] * len(SCHEMAS), max_tokens=50, temperature=1.5, json_schema=SCHEMAS, n=2,
+                         seed=list(range(len(SCHEMAS))))
+    done = 0
+    for schema, pair in zip(SCHEMAS, results):
+        for r in pair:
+            if r.finish_reason == "length":
+                assert len(r.tokens) == 50
+                continue
+            done += 1
+            value = json.loads(r.text)
+            jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
+            assert r.text == r.text.rstrip() and "  " * 17 not in r.text
+    assert done > len(SCHEMAS) and idle(m)
+    plain = infer.LLM(trained)
+    for schema, seed, pair in list(zip(SCHEMAS, range(99), results))[::4]:
+        assert pair[1].tokens == plain.generate("x = ", max_tokens=50, temperature=1.5, json_schema=schema, n=2,
+                                                seed=seed)[0][1].tokens      # batched, drafted: the same text
+
+
+def test_properties_come_in_the_order_of_the_schema_and_escapes_are_whole(trained):
+    m = infer.LLM(trained)
+    matcher = lambda schema: infer.Constraints(m.tokenizer, m.eos_ids, m.model.config.vocab).matcher(
+        infer.Sampling(json_schema=schema))
+    takes = lambda schema, text: matcher(schema).try_consume_tokens(m.tokenizer.encode(text)) == len(m.tokenizer.encode(text))
+    assert takes(json.dumps(SCHEMAS[10]), '{"z": "",\n  "a": 1}') and not takes(SCHEMAS[10], '{"a": 1')
+    assert not takes(SCHEMAS[10], '{"z":  ""') and not takes(SCHEMAS[10], '{"z": "", "a": 1} ')
+    assert takes({"type": "string"}, '"can\\u0007t"') and not takes({"type": "string"}, '"can\\u27t"')
+
+
+@pytest.mark.parametrize("regex", ["[a-z]+ [0-9]{2}", "(yes|no)", "a*", "\\d{3}-\\d{4}", "[^a]{5}", "é+🙂"])
+def test_a_text_matches_its_regular_expression_whole(trained, regex):
+    m = infer.LLM(trained)
+    for r in m.generate(["x"] * 6, max_tokens=30, regex=regex, seed=list(range(6)), temperature=[0.0, 1, 1, 1.5, 1.5, 1]):
+        assert r.finish_reason == "length" or re.fullmatch(regex, r.text, re.DOTALL), r.text
+        assert r.tokens[-1] not in m.eos_ids or r.finish_reason == "stop"
+
+
+def test_constraints_keep_raw_log_probabilities_and_end_at_what_cannot_go_on(trained):
+    m = infer.LLM(trained)
+    (free,) = m.generate("x", max_tokens=1, logprobs=3, seed=1)
+    (r,) = m.generate("x", max_tokens=20, logprobs=3, seed=1, regex="(yes|no)", ignore_eos=True)
+    assert r.text in ("yes", "no") and r.finish_reason == "stop" and len(r.logprobs) == len(r.tokens)
+    common = set(free.logprobs[0]) & set(r.logprobs[0])
+    assert len(common) >= 3 and all(abs(free.logprobs[0][t] - r.logprobs[0][t]) < 1e-5 for t in common)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(regex="(", json_schema=True), "regex.*json_schema"), (dict(regex="("), "regex.*unclosed"),
+    (dict(regex="a(?=b)"), "regex.*look"), (dict(json_schema=False), "json_schema.*false"),
+    (dict(json_schema={"enum": []}), "json_schema"), (dict(json_schema={"not": {"type": "string"}}), 'json_schema.*"not"'),
+    (dict(json_schema={"not": {}, "x-guidance": {"lenient": True}}), "json_schema.*not"),
+    (dict(json_schema={"type": "array", "uniqueItems": True}), "json_schema.*uniqueItems"),
+    (dict(json_schema={"type": "integer", "minimum": 5, "maximum": 3}), "json_schema.*minimum"),
+    (dict(json_schema={"$ref": "http://a.b/c"}), "json_schema"), (dict(json_schema="{"), "json_schema"),
+    (dict(json_schema=3), "json_schema"), (dict(regex=3), "regex")], ids=str)
+def test_a_constraint_that_cannot_be_is_refused_before_anything_runs(trained, arguments, said):
+    m = infer.LLM(trained)
+    with pytest.raises(ValueError, match=f"prompt 1: (?s:.*){said}"):
+        m.generate(["x", "y"], max_tokens=4, **{k: [None, v] for k, v in arguments.items()})
+    assert idle(m) and m.stats()["waiting"] == 0
+
+
+def test_constraints_from_the_command_line(trained):
+    code, out, err = run(infer, "x", "--model", trained, "--json-schema", '{"enum": ["yes", "no"]}', "--max-tokens", 20)
+    assert code == 0 and json.loads(out) in ("yes", "no"), err
+    code, out, _ = run(infer, "x", "--model", trained, "--regex", "[0-9]{4}", "--max-tokens", 20)
+    assert code == 0 and re.fullmatch("[0-9]{4}", out.strip())
+    for flags in (["--regex", "("], ["--json-schema", "{"], ["--regex", "a", "--json-schema", "true"]):
+        code, _, err = run(infer, "x", "--model", trained, *flags)
+        assert code == 2 and len(err.strip().splitlines()) == 1 and flags[0][2:].replace("-", "_") in err
+
+
+# --- 12. Several processes divide a model -----------------------------------------------------------------------------
+
+INFER = "import sys, infer, train; train.leave(infer.main(sys.argv[1:]))"
+
+
+def test_two_processes_write_what_one_writes(corpus, tmp_path):
+    out = tmp_path / "model"
+    code, _, err = run(train, "--data", corpus, "--steps", 30, "--vocab", 400, "--dim", 64, "--heads", 4, "--kv-heads", 2,
+                       "--layers", 2, "--context", 64, "--out", out)
+    assert code == 0, err
+    flags = [START, "--model", out, "--max-tokens", 20, "--ignore-eos", "--json"]
+    for extra in (["--temperature", 0], ["--seed", 5], ["--temperature", 0, "--draft", "ngram"], ["--quantize", "int8", "--seed", 1]):
+        one = json.loads(run(infer, *flags, *extra)[1])
+        first, second = pair(INFER, *flags, *extra)
+        (told,) = [json.loads(line) for line in first.splitlines() if line.startswith("{")]
+        if "int8" not in extra:                                              # there a row's scale is that of its part
+            assert told["tokens"] == one["tokens"]
+        assert "{" not in second                                             # one voice
+
+
+def test_what_does_not_divide_is_one_clear_line(trained):
+    model, _ = train.load(trained)
+    with pytest.raises(train.UserError, match="3 processes can't divide . attention heads evenly"):
+        infer.divide(model, types.SimpleNamespace(size=3, rank=0))
+
+
+# --- 13. As a user runs them ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("program", ["attention.py", "train.py", "infer.py"])
 def test_programs_answer_from_a_shell(program, tmp_path):

@@ -1606,11 +1606,9 @@ class Run:
 
     def update(self, scale, momentum):
         """The optimizer's step; of several processes, whose sums wait for each other, not recorded."""
+        for block in self.routed:
+            block.settle(self.processes)
         if self.processes.size > 1:
-            bars = [block.threshold for block in self.routed]                # each saw tokens of its own
-            if bars:
-                self.processes.sum(bars)
-                torch._foreach_div_(bars, self.processes.size)
             return self.optimizer.step(scale, momentum)
         numbers = torch.tensor([scale, momentum], device=self.model.embed.weight.device)
         self.recorded("update", lambda numbers: self.optimizer.step(*numbers), numbers)

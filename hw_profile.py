@@ -1,0 +1,957 @@
+"""What the silicon allows: measured on this machine, predicted on every other, seen in the binaries.
+
+A chip computes at π FLOP/s and reads at β bytes/s. Work of F FLOPs that moves Q bytes can take no less than
+
+    time ≥ max(F / π, Q / β)          attainable FLOP/s = min(π, I · β)          I = F / Q, FLOPs a byte: the intensity
+
+Where I = π / β the roof has its ridge: left of it memory is the limit, right of it arithmetic. That is the roofline
+(Williams, Waterman, Patterson 2009, doi 10.1145/1498765.1498785). Four numbers make the bound a prediction, each
+measured once for a chip or a class of chips, never for the row that is predicted:
+
+    name       of       what it is
+    MATMUL     vendor   best matrix product anyone measured / dense peak on paper: the median over the *other* chips
+    MEMORY     all      bytes/s that kernels sustain / bandwidth on paper
+    LAUNCH     all      seconds from one kernel to the next in a recorded graph
+    HOP        all      seconds of one hop of a ring: all-reduce = 2 (n − 1) (HOP + bytes / n / link)       (α–β model)
+
+On this machine nothing is taken from paper: bandwidth by working set, product rates by shape, exponentials a second and
+the price of a call are measured, and an op is predicted from the passes over memory that its code really makes.
+
+`python hw_profile.py` measures this machine, holds each op of the project against its roofline, writes roofline.png and
+prints the table of accelerators. --compare, --kernels, --model, --plan, --validate: see --help.
+"""
+import contextlib
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import attention as A
+import flash
+import infer
+import train
+from train import Parser, UserError, positive
+
+
+# --- 1. Accelerators: what the vendors print, and what others measured ------------------------------------------------
+#
+# Dense peaks in TFLOP/s (vendors often print twice that, for matrices half of zeros), GB, TB/s, GB/s of all links one
+# way, watts; "best" is the best bfloat16 matrix product that others measured. – is unknown, never zero.
+# Sources: stas00/ml-engineering (August 2026), the vendors' pages, AWS Neuron's documents, the JAX scaling book; the RTX
+# row from NVIDIA's 321 TOPS (sparse int8; bfloat16 with float32 sums runs at an eighth of that on GeForce).
+
+TABLE = """
+name                  vendor year memory bandwidth fp32  tf32   bf16  fp8  int8   fp4  link  watts  best  status
+A100 SXM              NVIDIA 2020     80      2.00 19.5   156    312    –   624     –   300    400 271.2  available
+H100 SXM              NVIDIA 2022     80      3.35   67 494.5    989 1979  1979     –   450    700 794.5  available
+H800 SXM              NVIDIA 2023     80      3.35   67 494.5    989 1979  1979     –   200    700     –  available
+H200 SXM              NVIDIA 2024    141      4.80   67 494.5    989 1979  1979     –   450    700     –  available
+L40S                  NVIDIA 2023     48      0.86 91.6   183    362  733   733     –  31.5    350     –  available
+RTX 4070 Laptop       NVIDIA 2023      8      0.26 15.6     –     40   80   160     –     –    115     –  available
+B200 SXM              NVIDIA 2025    180      8.00   80  1125   2250 4500  4500  9000   900   1000  1745  available
+B300 SXM              NVIDIA 2025    288      8.00   80  1125   2250 4500   150 12600   900   1000  1769  available
+GB200 SXM (per chip)  NVIDIA 2025    186      8.00   80  1250   2500 5000  5000 10000   900   1200  1822  available
+GB300 SXM (per chip)  NVIDIA 2025    288      8.00   80  1250   2500 5000   165 15000   900   1400     –  available
+Rubin SXM             NVIDIA 2026    288     22.00  130  2000   4000 17500 2500 35000  1800      –     –  announced
+MI250X                AMD    2021    128      3.28 47.9     –    383    –   383     –   350    560     –  available
+MI300X                AMD    2023    192      5.30 163.4 653.7  1300 2610  2600     –   448    750 668.4  available
+MI325X                AMD    2024    256      6.00 163.4 653.7  1300 2610  2600     –   448   1000 784.9  available
+MI355X                AMD    2025    288      8.00 157.3    –   2500 5000  5000 10100 535.5   1400  1565  available
+MI455X                AMD    2026    432     23.30  315     –   5000 10000 5000 20000  1800      –     –  announced
+TPU v4                Google 2021     32      1.20    –     –    275    –   275     –     –      –     –  available
+TPU v5e               Google 2023     16      0.82    –     –    197    –   394     –     –      –     –  available
+TPU v5p               Google 2023     95      2.76    –     –    459  459   918     –   600      –     –  available
+TPU v6e (Trillium)    Google 2024     32      1.60    –     –    918  918  1836     –   400      –     –  available
+TPU v7x (Ironwood)    Google 2025    192      7.38    –     –   2307 4614     –     –   600      –     –  available
+Gaudi 2               Intel  2022     96      2.46    –     –    432  865     –     –   300    600 418.7  available
+Gaudi 3               Intel  2024    128      3.70  229   459   1677 1677     –     –   600    900  1243  available
+Trainium2             AWS    2024     96      2.90  181   667    667 1299     –     –   640      –     –  available
+TPU 8t                Google 2026    216      6.53    –     –      –    –     – 12600  1200      –     –  announced
+TPU 8i                Google 2026    288      8.60    –     –      –    –     – 10100     –      –     –  announced
+Trainium3             AWS    2025    144      4.90  183   671    671 2517     –  2517  1280      –     –  available
+Ascend 950DT          Huawei 2026     96      4.00    –     –    486  919     –  1783     –      –     –  announced
+"""
+
+Accelerator = namedtuple("Accelerator", TABLE.split("\n")[1].split())
+
+
+def parse_table(text):
+    """Rows of words, the name may have blanks → {name: Accelerator}; – becomes None."""
+    value = lambda word: None if word == "–" else float(word) if re.fullmatch(r"[\d.]+", word) else word
+    chips = {}
+    for line in text.strip().splitlines()[1:]:
+        words = line.split()
+        last = len(Accelerator._fields) - 1
+        name = " ".join(words[:-last])
+        chips[name] = Accelerator(name, *map(value, words[-last:]))
+    return chips
+
+
+ACCELERATORS = parse_table(TABLE)
+
+# What others measured. Training's model carries the 10¹² tokens after a semicolon and is measured in hours of one chip.
+
+PUBLISHED = """
+kind|system|model|hardware|chips|dtype|setting|measured|unit|source
+decode|gpt-fast|Llama-2-7B|A100 SXM|1|bf16|batch 1, 330 W|104.9|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-7B|A100 SXM|1|int8|batch 1, 330 W|155.58|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-7B|A100 SXM|1|int4|batch 1, 330 W|196.80|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-70B|A100 SXM|1|int8|batch 1, 330 W|19.13|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-70B|A100 SXM|1|int4|batch 1, 330 W|25.25|tok/s|gpt-fast README
+decode|gpt-fast|8B|A100 SXM|1|bf16|batch 1, 330 W|93.89|tok/s|gpt-fast README
+decode|gpt-fast|8B|A100 SXM|1|int8|batch 1, 330 W|137.64|tok/s|gpt-fast README
+decode|gpt-fast|70B|A100 SXM|1|int8|batch 1, 330 W|18.04|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-7B|A100 SXM|8|bf16|batch 1, 330 W|328.43|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-70B|A100 SXM|8|bf16|batch 1, 330 W|62.50|tok/s|gpt-fast README
+decode|gpt-fast|8B|A100 SXM|8|bf16|batch 1, 330 W|276.01|tok/s|gpt-fast README
+decode|gpt-fast|70B|A100 SXM|8|bf16|batch 1, 330 W|58.78|tok/s|gpt-fast README
+decode|gpt-fast|405B|A100 SXM|8|int8|batch 1, 330 W|15.60|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-7B|MI250X|0.5|bf16|batch 1, one of two dies|76.33|tok/s|gpt-fast README
+decode|gpt-fast|Llama-2-7B|MI250X|0.5|int8|batch 1, one of two dies|101.86|tok/s|gpt-fast README
+serve|nano-vllm|0.6B|RTX 4070 Laptop|1|bf16|256 requests, 100–1024 in and out|1434.13|tok/s|nano-vllm README
+attention|FlashAttention-2|forward|A100 SXM|1|fp16|best of long sequences|230|TFLOP/s|arXiv 2307.08691
+attention|FlashAttention-3|forward|H100 SXM|1|fp16|best of long sequences|740|TFLOP/s|arXiv 2407.08608
+attention|FlashAttention-3|forward|H100 SXM|1|fp8|best of long sequences|1200|TFLOP/s|arXiv 2407.08608
+attention|FlashAttention-4|forward|B200 SXM|1|bf16|best of long sequences|1613|TFLOP/s|FlashAttention-4, March 2026
+matmul|torch|best shape found|A100 SXM|1|bf16|–|271.2|TFLOP/s|ml-engineering
+matmul|torch|best shape found|H100 SXM|1|bf16|–|794.5|TFLOP/s|ml-engineering
+matmul|torch|best shape found|B200 SXM|1|bf16|–|1745|TFLOP/s|ml-engineering
+matmul|torch|best shape found|MI300X|1|bf16|–|668.4|TFLOP/s|ml-engineering
+matmul|torch|best shape found|MI355X|1|bf16|–|1565|TFLOP/s|ml-engineering
+matmul|torch|best shape found|H100 SXM|1|fp8|–|1402.6|TFLOP/s|ml-engineering
+matmul|torch|best shape found|B200 SXM|1|fp8|–|3432.5|TFLOP/s|ml-engineering
+train|Meta|Llama-2-7B; 2.0|A100 SXM|–|bf16|–|184320|hours|arXiv 2307.09288
+train|Meta|Llama-2-13B; 2.0|A100 SXM|–|bf16|–|368640|hours|arXiv 2307.09288
+train|Meta|Llama-2-70B; 2.0|A100 SXM|–|bf16|–|1720320|hours|arXiv 2307.09288
+train|Meta|8B; 15|H100 SXM|–|bf16|–|1460000|hours|Llama 3.1 model card
+train|Meta|70B; 15|H100 SXM|–|bf16|–|7000000|hours|Llama 3.1 model card
+train|Meta|405B; 15|H100 SXM|–|bf16|–|30840000|hours|Llama 3.1 model card
+train|Meta|405B|H100 SXM|16384|bf16|sequence 8192|41|% MFU|arXiv 2407.21783
+train|DeepSeek|DeepSeek-V3; 14.8|H800 SXM|2048|fp8|–|2664000|hours|arXiv 2412.19437
+train|Google|PaLM-540B|TPU v4|6144|bf16|–|46.2|% MFU|arXiv 2204.02311
+attention|Triton tutorial 06|forward non-causal D128 S4096|H100 SXM|1|fp16|batch 4 heads 32|460|TFLOP/s|facebookexperimental/triton PR 205
+attention|Triton tutorial 06|forward non-causal D128 S16384|H100 SXM|1|fp16|batch 4 heads 32|487|TFLOP/s|facebookexperimental/triton PR 205
+attention|FlashAttention-3|forward non-causal D128 S8192|H100 SXM|1|bf16|batch 4 heads 48|639|TFLOP/s|tritonbench PR 1254
+attention|FlashAttention-3|backward non-causal D128 S8192|H100 SXM|1|bf16|batch 4 heads 48|561|TFLOP/s|tritonbench PR 1256
+serve|nano-vllm|0.6B|A100 SXM|1|bf16|256 requests, 100–1024 in and out|8670|tok/s|nano-vllm PR 249
+matmul|torch|best shape found|GB200 SXM (per chip)|1|bf16|–|1822|TFLOP/s|ml-engineering
+matmul|torch|best shape found|MI325X|1|bf16|–|784.9|TFLOP/s|ml-engineering
+"""
+
+Measured = namedtuple("Measured", PUBLISHED.split()[0].split("|"))
+
+
+def parse_published(text):
+    """The rows of PUBLISHED, numbers as floats."""
+    rows = [Measured(*line.split("|")) for line in text.strip().splitlines()[1:]]
+    return [r._replace(chips=1.0 if r.chips == "–" else float(r.chips), measured=float(r.measured)) for r in rows]
+
+
+PUBLISHED = parse_published(PUBLISHED)
+
+# Exponentials a second: 16 a clock in each multiprocessor (CUDA programming guide, throughput table) × their number ×
+# boost clock. Attention needs one a score.
+EXPONENTIALS = {"A100 SXM": 108 * 16 * 1.41e9, "H100 SXM": 132 * 16 * 1.83e9, "H800 SXM": 132 * 16 * 1.83e9,
+                "H200 SXM": 132 * 16 * 1.83e9, "B200 SXM": 148 * 16 * 1.85e9}
+
+MEMORY = 0.8                                                                 # both as aiconfigurator has them for the
+LAUNCH = 3e-6                                                                # H100 (arXiv 2601.06288)
+HOP = 1.5e-6                                                                 # NVLink, from one chip to the next
+RESERVED = 0.1                                                               # of the memory: activations, fragments
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
+GROUP_SCALE = 2 / 32                                                         # bytes a weight: a scale for 32 of 4 bits
+
+
+def find(name, names, what):
+    """The one of `names` that is meant: itself, or the only one that begins so. UserError with the nearest."""
+    plain = lambda text: re.sub(r"[\s_-]+", "", text).lower()
+    exact = [n for n in names if plain(n) == plain(name)]
+    begins = [n for n in names if plain(n).startswith(plain(name)) and name.strip()]
+    if exact or len(begins) == 1:
+        return (exact or begins)[0]
+    by_plain = {plain(n): n for n in names}
+    near = begins or [by_plain[n] for n in difflib.get_close_matches(plain(name), by_plain, 4, 0.3)] or list(names)[:6]
+    raise UserError(f"unknown {what} {name!r}; nearest: {', '.join(near[:6])}")
+
+
+def matmul_share(chip, without=None):
+    """MATMUL of a chip: its own best measured product / peak; where there is none, or it is the row `without` to be
+    predicted, the median of the other chips of its vendor, or of all.
+    """
+    if chip.best and chip.name != without:
+        return chip.best / chip.bf16
+    others = [c for c in ACCELERATORS.values() if c.best and c.name != chip.name and c.name != without]
+    return statistics.median([c.best / c.bf16 for c in others if c.vendor == chip.vendor]
+                             or [c.best / c.bf16 for c in others])
+
+
+def peak(chip, dtype):
+    """Dense peak FLOP/s of products in `dtype`, or None. Weights of 4 bits in integers are multiplied as bfloat16."""
+    value = getattr(chip, {"int4": "bf16"}.get(dtype, dtype))
+    return value and value * 1e12
+
+
+def rate(chip, dtype):
+    """FLOP/s that matrix products reach: peak × MATMUL. UserError where the chip's peak is unknown."""
+    top = peak(chip, dtype)
+    if not top:
+        has = ", ".join(d for d in ("fp32", "tf32", "bf16", "fp8", "int8", "fp4") if getattr(chip, d))
+        raise UserError(f"--dtype {dtype}: no peak is known for {chip.name}; known: {has}")
+    return top * matmul_share(chip)
+
+
+def derived(chip):
+    """Columns that follow from the specification → dict; None where something is unknown."""
+    ratio = lambda a, b: a / b if a and b else None
+    return dict(ridge={d: ratio(getattr(chip, d), chip.bandwidth) for d in ("fp32", "bf16", "fp8", "int8", "fp4")},
+                bytes_per_flop=ratio(chip.memory * 1e9, (chip.bf16 or 0) * 1e12),
+                bandwidth_per_flop=ratio(chip.bandwidth, chip.bf16),
+                flop_per_joule=ratio((chip.bf16 or 0) * 1e12, chip.watts),
+                read_all_seconds=chip.memory / chip.bandwidth / 1e3)
+
+
+def figure(x, digits=3):
+    """A number in few signs; – for None."""
+    if x is None:
+        return "–"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= max(size, 1e5):
+            return f"{x / size:.{digits}g}{unit}" if abs(x) < 1e18 else f"{x:.1e} "
+    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
+
+
+def table(head, rows, out=None):
+    """Print rows under a head: the first column left, the others right."""
+    rows = [[str(x) for x in row] for row in rows]
+    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, width))]
+        print("  ".join(cells).rstrip(), file=out or sys.stdout)
+
+
+def show_accelerators(chips, as_json):
+    """The table of accelerators, with what follows from it."""
+    if as_json:
+        for chip in chips:
+            print(json.dumps(chip._asdict() | derived(chip)))
+        return
+    rows = []
+    for c in chips:
+        d = derived(c)
+        rows.append([c.name + ("*" if c.status == "announced" else ""), int(c.year), figure(c.memory),
+                     figure(c.bandwidth), figure(c.fp32), figure(c.bf16), figure(c.fp8), figure(c.fp4), figure(c.link),
+                     figure(c.watts), figure(d["ridge"]["bf16"]), figure(d["flop_per_joule"]),
+                     f"{1e3 * d['read_all_seconds']:.0f}"])
+    table(["accelerator", "year", "GB", "TB/s", "fp32", "bf16", "fp8", "fp4", "link", "W", "ridge", "FLOP/J", "all ms"],
+          rows)
+    print("dense TFLOP/s; link GB/s one way; ridge FLOP/byte at bf16; all: reading the whole memory once; – unknown"
+          + ("; * announced" if any(c.status == "announced" for c in chips) else ""))
+
+
+def compare(names, as_json):
+    """Accelerators side by side, a column each."""
+    chips = [ACCELERATORS[find(n, ACCELERATORS, "accelerator")] for n in names.split(",")]
+    if as_json:
+        return show_accelerators(chips, True)
+    rows = [["status", *(c.status for c in chips)], ["year", *(int(c.year) for c in chips)]]
+    units = dict(memory="GB", bandwidth="TB/s", fp32="TFLOP/s", tf32="TFLOP/s", bf16="TFLOP/s", fp8="TFLOP/s",
+                 int8="TOP/s", fp4="TFLOP/s", link="GB/s", watts="W", best="TFLOP/s")
+    rows += [[f"{name} {unit}", *(figure(getattr(c, name), 5) for c in chips)] for name, unit in units.items()]
+    d = [derived(c) for c in chips]
+    rows += [[f"ridge {t}, FLOP/byte", *(figure(x["ridge"][t]) for x in d)] for t in ("fp32", "bf16", "fp8", "fp4")]
+    rows += [["memory byte / bf16 FLOP/s", *("–" if x["bytes_per_flop"] is None else f"{x['bytes_per_flop']:.1e}"
+                                              for x in d)],
+             ["byte/s / bf16 FLOP/s", *("–" if x["bandwidth_per_flop"] is None else f"{x['bandwidth_per_flop']:.1e}"
+                                         for x in d)],
+             ["bf16 FLOP / J", *(figure(x["flop_per_joule"]) for x in d)],
+             ["reading all memory, ms", *(f"{1e3 * x['read_all_seconds']:.0f}" for x in d)]]
+    table(["", *(c.name for c in chips)], rows)
+
+
+# --- 4. Model cost: parameters, FLOPs and bytes by letter of the layer ------------------------------------------------
+
+@dataclass
+class Shape:
+    """The sizes that cost: letters a block (a attention, s Mamba-2, m Mamba-1; capitals routed by Mixture of Depths)."""
+    name: str
+    layers: str
+    dim: int
+    vocab: int
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    hidden: int = 0
+    tied: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    context: int = 8192
+    # Latent attention (DeepSeek): widths of the compressed queries and keys, of a head's rotated part, of its values.
+    latent_q: int = 0
+    latent: int = 0
+    rotated: int = 0
+    value_dim: int = 0
+    # Experts: how many, how many a token visits, how many all visit, their width; the first blocks have one MLP.
+    experts: int = 0
+    active: int = 0
+    shared: int = 0
+    expert_hidden: int = 0
+    dense: int = 0
+    # State spaces: inner width, state, heads and groups (Mamba-2), convolution, chunk; rank of dt (Mamba-1).
+    inner: int = 0
+    state: int = 0
+    state_heads: int = 0
+    groups: int = 1
+    conv: int = 4
+    chunk: int = 64
+    rank: int = 0
+    capacity: float = 0.125
+
+
+def llama(name, layers, dim, heads, kv_heads, hidden, vocab=128256, **rest):
+    return Shape(name, "a" * layers, dim, vocab, heads, kv_heads, dim // heads, hidden, **rest)
+
+
+def qwen3(name, layers, dim, heads, kv_heads, hidden, tied):
+    return Shape(name, "a" * layers, dim, 151936, heads, kv_heads, 128, hidden, tied, qk_norm=True, context=40960)
+
+
+MODELS = {m.name: m for m in (                                               # their config.json
+    qwen3("0.6B", 28, 1024, 16, 8, 3072, True), qwen3("1.7B", 28, 2048, 16, 8, 6144, True),
+    qwen3("4B", 36, 2560, 32, 8, 9728, True), qwen3("14B", 40, 5120, 40, 8, 17408, False),
+    qwen3("32B", 64, 5120, 64, 8, 25600, False),
+    llama("8B", 32, 4096, 32, 8, 14336, context=131072), llama("70B", 80, 8192, 64, 8, 28672, context=131072),
+    llama("405B", 126, 16384, 128, 8, 53248, context=131072),
+    llama("Llama-2-7B", 32, 4096, 32, 32, 11008, 32000, context=4096),
+    llama("Llama-2-13B", 40, 5120, 40, 40, 13824, 32000, context=4096),
+    llama("Llama-2-70B", 80, 8192, 64, 8, 28672, 32000, context=4096),
+    Shape("PaLM-540B", "a" * 118, 18432, 256000, 48, 1, 256, 73728, True, context=2048),
+    replace(qwen3("30B-A3B", 48, 2048, 32, 4, 6144, False), experts=128, active=8, expert_hidden=768),
+    Shape("DeepSeek-V3", "a" * 61, 7168, 129280, 128, 128, 128, 18432, latent_q=1536, latent=512, rotated=64,
+          value_dim=128, experts=256, active=8, shared=1, expert_hidden=2048, dense=3, context=163840),
+    Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, inner=4096, state=128, state_heads=64, chunk=256, tied=True),
+    Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, inner=5120, state=128, state_heads=80, chunk=256, tied=True),
+    Shape("Mamba-2.8B", "m" * 64, 2560, 50280, inner=5120, state=16, rank=160, tied=True))}
+
+
+def model_shape(name):
+    """A name of MODELS, a folder or a config.json → Shape. UserError with the nearest names."""
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+        return config_shape(train.read_json(path), path.parent.name or str(path))
+    return MODELS[find(name, MODELS, "model")]
+
+
+def config_shape(raw, name="config"):
+    """config.json as a dict, of any of the kinds of layer → Shape. UserError where a size is missing."""
+    get = lambda *keys, default=None: next((raw[k] for k in keys if raw.get(k) is not None), default)
+    kind, dim = raw.get("model_type", ""), get("hidden_size", "d_model")
+    count = get("num_hidden_layers", "n_layer")
+    if not dim or not count or not raw.get("vocab_size"):
+        raise UserError(f"{name}: its config.json lacks hidden_size, num_hidden_layers or vocab_size")
+    letter = "s" if kind == "mamba2" else "m" if kind == "mamba" else "a"
+    known = train.KINDS.get(kind, dict(kv_heads=None, head_dim="quotient", qk_norm=False))
+    heads = get("num_attention_heads", default=0)
+    inner = get("intermediate_size") if letter == "m" else int(get("expand", default=2) * dim)
+    state_heads = get("num_heads", default=inner // get("head_dim", default=64)) if letter == "s" else 0
+    head_dim = get("head_dim", default=(known["head_dim"] if isinstance(known["head_dim"], int) else
+                                        dim // heads if heads else 0))
+    return Shape(
+        name, get("layers", default=letter * count), dim, raw["vocab_size"], heads,
+        get("num_key_value_heads", default=known["kv_heads"] or heads), get("qk_nope_head_dim", default=head_dim),
+        get("intermediate_size", default=0) if letter == "a" else 0,
+        tied=bool(get("tie_word_embeddings", default=letter != "a")), qk_norm=known["qk_norm"],
+        qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
+        out_bias=bool(get("attention_bias", default=False)) and kind != "qwen2",
+        mlp_bias=bool(get("mlp_bias", default=False)), context=get("max_position_embeddings", default=8192),
+        latent_q=get("q_lora_rank", default=0), latent=get("kv_lora_rank", default=0),
+        rotated=get("qk_rope_head_dim", default=0), value_dim=get("v_head_dim", default=0),
+        experts=get("num_experts", "n_routed_experts", "num_local_experts", default=0),
+        active=get("num_experts_per_tok", default=0), shared=get("n_shared_experts", default=0),
+        expert_hidden=get("moe_intermediate_size", default=get("intermediate_size", default=0)),
+        dense=get("first_k_dense_replace", default=0), inner=inner or 2 * dim,
+        state=get("state_size", default=128 if letter != "m" else 16), state_heads=state_heads,
+        groups=get("n_groups", default=8 if letter == "s" else 1), conv=get("conv_kernel", default=4),
+        chunk=get("chunk_size", default=256), rank=get("time_step_rank", default=-(-dim // 16))
+        if get("time_step_rank") != "auto" else -(-dim // 16), capacity=get("mod_capacity", default=0.125))
+
+
+def mixer_weights(c, letter):
+    """Weights of a block's mixer: (in matrices that multiply each token, in all else)."""
+    C, I = c.dim, c.inner
+    if letter == "s":                                                        # Mamba-2: z, x, B, C, dt from one product
+        conv = I + 2 * c.groups * c.state
+        return C * (I + conv + c.state_heads) + I * C, conv * c.conv + conv + 3 * c.state_heads + I + C
+    if letter == "m":                                                        # Mamba-1
+        return (C * 2 * I + I * (c.rank + 2 * c.state) + c.rank * I + I * C,
+                I * c.conv + I + I + I * c.state + I + C)
+    H, G, D = c.heads, c.kv_heads, c.head_dim
+    if c.latent:
+        rows = H * (D + c.rotated)
+        q = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows
+        return (q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C,
+                c.latent_q + c.latent + C)
+    return (C * (H + 2 * G) * D + H * D * C,
+            C + 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias)
+
+
+def mlp_weights(c, letter, i):
+    """Weights of block i's MLP: (in matrices, of these visited by a token, in all else). Mamba blocks have none."""
+    if letter in "sm":
+        return 0, 0, 0
+    if c.experts and i >= c.dense:
+        one, router = 3 * c.dim * c.expert_hidden, c.experts * c.dim
+        return (c.experts + c.shared) * one + router, (c.active + c.shared) * one + router, c.dim
+    count = 3 * c.dim * c.hidden
+    return count, count, c.dim + (2 * c.hidden + c.dim) * c.mlp_bias
+
+
+def mixing_flops(c, letter, context):
+    """FLOPs a token of mixing itself, beyond its matrices, forward; all T keys counted, as torch's counter does."""
+    if letter == "s":                                                        # C Bᵀ and its product with x inside a
+        inside = 2 * c.chunk * (c.state_heads * c.state + c.inner)           # chunk; states made and read
+        return inside + 4 * c.inner * c.state + 2 * c.conv * (c.inner + 2 * c.groups * c.state)
+    if letter == "m":
+        return 9 * c.inner * c.state + 2 * c.conv * c.inner                  # as its paper counts the scan
+    wide = c.head_dim + c.rotated + c.value_dim if c.latent else 2 * c.head_dim
+    return 2 * context * c.heads * wide
+
+
+def cost(c, context):
+    """What a model costs → dict: params, active (that multiply a token; the head with them), flops (forward, a token at
+    that context), cache (values a token), state (values a sequence).
+    """
+    params = c.vocab * c.dim * (1 if c.tied else 2) + c.dim
+    active, flops, cache, state = c.vocab * c.dim, 2 * c.vocab * c.dim, 0, 0
+    for i, letter in enumerate(c.layers):
+        low, share = letter.lower(), 1 if letter.islower() else c.capacity
+        mixer, vectors = mixer_weights(c, low)
+        mlp, visited, more = mlp_weights(c, low, i)
+        router = 0 if letter.islower() else c.dim                            # Mixture of Depths: a score a token
+        params += mixer + vectors + mlp + more + router
+        active += share * (mixer + visited) + router
+        flops += share * (2 * (mixer + visited) + mixing_flops(c, low, share * context)) + 2 * router
+        if low == "a":
+            cache += share * (c.latent + c.rotated if c.latent else 2 * c.kv_heads * c.head_dim)
+        elif low == "s":
+            state += c.inner * c.state + (c.inner + 2 * c.groups * c.state) * (c.conv - 1)
+        elif low == "m":
+            state += c.inner * (c.state + c.conv - 1)
+    return dict(params=params, active=active, flops=flops, cache=cache, state=state)
+
+
+def weight_bytes(c, dtype, params):
+    """Bytes of the weights in memory; quantized to integers of 4 bits they carry a scale for each 32."""
+    return params * (BYTES[dtype] + (GROUP_SCALE if dtype in ("int4", "fp4") else 0))
+
+
+def activation_floats(c):
+    """Numbers that a block `a` keeps a token for its backward pass, on the path of a CPU in float32 (`attention.py`):
+    x, normed x, x after attention, normed again; q, k, v as they came, rotated q and k, the output twice as [H, T, D]
+    and merged; gate and up, silu, their product; and of each norm and softmax a number a row.
+    """
+    C, H, G, D, F = c.dim, c.heads, c.kv_heads, c.head_dim, c.hidden
+    rows = 2 + (H + G) * c.qk_norm + H
+    return 4 * C + (H + 2 * G) * D + (H + G) * D + H * D + 4 * F + rows
+
+
+def training_memory(c, batch, context, recompute, dtype="bf16"):
+    """Bytes of training → dict: weights and gradients, optimizer (float32 copy, two moments), activations, logits."""
+    k, tokens, size = cost(c, context), batch * context, BYTES[dtype]
+    blocks = len(c.layers)
+    kept = activation_floats(c) if "a" in c.layers.lower() else 16 * c.inner
+    activations = tokens * size * (c.dim * blocks + kept if recompute else kept * blocks)
+    return dict(weights=2 * size * k["params"], optimizer=12 * k["params"], activations=activations,
+                logits=4 * 2 ** 20 * 2)
+
+
+def kernels_a_token(c):
+    """Kernels that a decode step launches: norm, qkv, norms and rotary, attention and merge, out, norm, gate and up,
+    SwiGLU, down; a state space has norm, in, convolution, step, gated norm, out.
+    """
+    return sum(10 if letter.lower() == "a" else 6 for letter in c.layers) + 3
+
+
+def all_reduce(chip, size, devices):
+    """Seconds in which a ring adds up `size` bytes over devices: 2 (n − 1) hops, each with 1/n of them."""
+    if devices <= 1:
+        return 0.0
+    link = (chip.link or 32) * 1e9 * MEMORY                                  # unknown: as slow as PCIe
+    return 2 * (devices - 1) * (HOP + size / devices / link)
+
+
+def decode_seconds(c, chip, dtype, batch, context, devices=1):
+    """One token for each of `batch` sequences with `context` tokens each → seconds. Weights and caches are read once;
+    two all-reduces a block where it is cut over devices.
+    """
+    k = cost(c, context)
+    read = k["active"] if batch == 1 or not c.experts else min(k["params"], k["active"] * batch)
+    quantity = weight_bytes(c, dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
+    multiply = "bf16" if dtype in ("int8", "int4") else dtype                # weights alone are in few bits
+    memory = quantity / devices / (chip.bandwidth * 1e12 * MEMORY)
+    compute = batch * k["flops"] / devices / rate(chip, multiply)
+    talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * c.dim, devices)
+    return max(memory, compute) + kernels_a_token(c) * LAUNCH + talk
+
+
+def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
+    """All tokens of the prompts at once → seconds. Half of attention's scores lie in the future and are left out."""
+    k, none = cost(c, tokens / 2), cost(c, 0)
+    head = 2 * c.vocab * c.dim                                               # of the last token alone
+    flops = batch * (tokens * (k["flops"] - head) + head)
+    multiply = "bf16" if dtype in ("int8", "int4") else dtype
+    memory = weight_bytes(c, dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
+    talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * tokens * c.dim, devices)
+    return max(flops / devices / rate(chip, multiply), memory) + kernels_a_token(c) * LAUNCH + talk
+
+
+def devices_needed(c, chip, dtype, batch, context):
+    """The fewest chips, a power of two, whose memory holds weights and caches."""
+    k = cost(c, context)
+    need = weight_bytes(c, dtype, k["params"]) + batch * 2 * (k["cache"] * context + k["state"])
+    return 2 ** max(0, math.ceil(math.log2(need / (chip.memory * 1e9 * (1 - RESERVED)))))
+
+
+def compute_bound_batch(c, chip, dtype, context):
+    """The smallest batch whose decode step takes longer to multiply than to read; None where its caches grow faster."""
+    k, multiply = cost(c, context), "bf16" if dtype in ("int8", "int4") else dtype
+    bandwidth = chip.bandwidth * 1e12 * MEMORY
+    weights = weight_bytes(c, dtype, k["params"] if c.experts else k["active"]) / bandwidth
+    row = k["flops"] / rate(chip, multiply) - 2 * (k["cache"] * context + 2 * k["state"]) / bandwidth
+    return math.ceil(weights / row) if row > 0 else None
+
+
+def model_cost(c, chip, dtype="bf16", batch=1, prompt_tokens=512, context=None, devices=None):
+    """A model on an accelerator → the dict that --json prints."""
+    context = context or prompt_tokens
+    k = cost(c, context)
+    n = devices or devices_needed(c, chip, dtype, batch, context)
+    step = decode_seconds(c, chip, dtype, batch, context, n)
+    speed = batch / step
+    return dict(
+        model=c.name, accelerator=chip.name, dtype=dtype, batch=batch, prompt_tokens=prompt_tokens, context=context,
+        params=k["params"], flops_per_token=round(k["flops"]), weight_bytes=round(weight_bytes(c, dtype, k["params"])),
+        cache_bytes_per_token=round(2 * k["cache"]), prefill_seconds=prefill_seconds(c, chip, dtype, batch,
+                                                                                     prompt_tokens, n),
+        decode_seconds_per_token=step, tokens_per_second=speed,
+        tokens_per_joule=speed / (n * chip.watts) if chip.watts else None, devices=n,
+        state_bytes=round(2 * k["state"]), compute_bound_batch=compute_bound_batch(c, chip, dtype, context))
+
+
+def show_model(c, chips, args):
+    """A model's sizes, and what it costs on each accelerator."""
+    rows = [model_cost(c, chip, args.dtype, args.batch, args.prompt_tokens, args.context, args.devices)
+            for chip in chips if (peak(chip, "bf16" if args.dtype in ("int8", "int4") else args.dtype)
+                                  or len(chips) == 1)]
+    if not rows:
+        raise UserError(f"--dtype {args.dtype}: none of these accelerators has a known peak for it")
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    context = rows[0]["context"]
+    k = cost(c, context)
+    kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
+    print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token; forward "
+          f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
+          f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
+          f"{figure(2 * k['state'])}B a sequence\n"
+          f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
+          f"activations {figure(kept)}B a token, {figure(small)}B recomputed\n")
+    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from batch", "train Mtok/day"],
+          [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
+            figure(1e3 * r["decode_seconds_per_token"]), figure(r["tokens_per_second"]), figure(r["tokens_per_joule"]),
+            r["compute_bound_batch"] or "never",
+            figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
+    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: from that batch on "
+          f"a step is held up by arithmetic;\ntraining: bf16, a chip, at {TRAINING:.0%} of its best product")
+
+
+def achieved(row):
+    """FLOP/s a chip of a published training run, as a share of the chip's peak in bfloat16."""
+    if row.unit == "% MFU":
+        return row.measured / 100
+    name, tokens = row.model.split("; ")
+    c = MODELS[name]
+    context = {"8B": 8192, "70B": 8192, "405B": 8192}.get(name, 4096)        # trained at, not the longest
+    flops = 3 * cost(c, context)["flops"] * float(tokens) * 1e12
+    return flops / (row.measured * 3600) / peak(ACCELERATORS[row.hardware], "bf16")
+
+
+def training_share(without=None):
+    """TRAINING: what a long run on many chips keeps of the best matrix product, all stops counted: the median over the
+    published runs, the row `without` left out.
+    """
+    return statistics.median(achieved(row) / matmul_share(ACCELERATORS[row.hardware])
+                             for row in PUBLISHED if row.kind == "train" and row is not without)
+
+
+def train_rate(chip, c, context, share=None):
+    """Tokens/s that a chip trains in bfloat16, at a share of its peak; at TRAINING of its best product if None."""
+    speed = rate(chip, "bf16") * training_share() if share is None else peak(chip, "bf16") * share
+    return speed / (3 * cost(c, context)["flops"])
+
+
+def show_model(c, chips, args):
+    """A model's sizes, and what it costs on each accelerator."""
+    rows = [model_cost(c, chip, args.dtype, args.batch, args.prompt_tokens, args.context, args.devices)
+            for chip in chips if (peak(chip, "bf16" if args.dtype in ("int8", "int4") else args.dtype)
+                                  or len(chips) == 1)]
+    if not rows:
+        raise UserError(f"--dtype {args.dtype}: none of these accelerators has a known peak for it")
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    context = rows[0]["context"]
+    k = cost(c, context)
+    kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
+    print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token; forward "
+          f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
+          f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
+          f"{figure(2 * k['state'])}B a sequence\n"
+          f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
+          f"activations {figure(kept)}B a token, {figure(small)}B recomputed\n")
+    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from batch", "train Mtok/day"],
+          [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
+            figure(1e3 * r["decode_seconds_per_token"]), figure(r["tokens_per_second"]), figure(r["tokens_per_joule"]),
+            r["compute_bound_batch"] or "never",
+            figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
+    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: from that batch on "
+          f"a step is held up by arithmetic;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
+
+
+# --- 5. On paper: a service and a training run ------------------------------------------------------------------------
+
+class Silent:
+    """What stands for a request's text where only lengths count."""
+
+    def push(self, token):
+        return False
+
+    def close(self):
+        return False
+
+
+class NoCache:
+    """What stands for keys and values where only their blocks are counted."""
+
+    def open(self, r):
+        pass
+
+    close = home = open
+
+
+def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batched_tokens=8192, block_size=16):
+    """infer.py's own scheduler, handed a clock and a runner that takes the time the roofline says → dict.
+
+    requests: (arrival seconds, prompt tokens, new tokens), in order of arrival. ValueError where one can never fit.
+    """
+    k = cost(c, 1)
+    free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(c, dtype, k["params"])
+    total = int(free // max(2 * k["cache"] * block_size, 1))
+    longest = max(-(-(prompt + new) // block_size) for _, prompt, new in requests)
+    if total < longest:
+        raise ValueError(f"simulate: {c.name} and one request of {longest * block_size} tokens do not fit "
+                         f"{devices} x {chip.name}")
+    scheduler = infer.Scheduler(infer.Blocks(min(total, max_num_seqs * longest), block_size, caching=False), NoCache(),
+                                max_num_seqs, max_num_batched_tokens)
+    coming = [(at, infer.Request([0] * prompt, infer.Sampling(ignore_eos=True), 0, 0, new, Silent()))
+              for at, prompt, new in requests]
+    first, last, clock, i, steps = {}, {}, 0.0, 0, 0
+    while i < len(coming) or scheduler.waiting or scheduler.running:
+        if not (scheduler.waiting or scheduler.running):
+            clock = max(clock, coming[i][0])
+        while i < len(coming) and coming[i][0] <= clock:
+            scheduler.add(coming[i][1])
+            i += 1
+        segments = scheduler.plan()
+        clock += pass_seconds(c, k, chip, dtype, segments, devices)
+        steps += 1
+        ready = [r for r, _, stop in segments if stop == len(r.ids)]
+        scheduler.advance(segments)
+        for r in ready:
+            r.accept(0, ())
+            first.setdefault(r, clock)
+            if r.finish_reason:
+                last[r] = clock
+                scheduler.leave(r)
+    waits = sorted(first[r] - at for at, r in coming)
+    paces = sorted((last[r] - first[r]) / max(r.limit - 1, 1) for _, r in coming)
+    new = sum(r.limit for _, r in coming)
+    at = lambda values, share: values[min(int(share * len(values)), len(values) - 1)]
+    return dict(seconds=clock, steps=steps, tokens_per_second=new / (clock - coming[0][0]),
+                preemptions=scheduler.preemptions, first_token_p50=at(waits, 0.5), first_token_p95=at(waits, 0.95),
+                per_token_p50=at(paces, 0.5), per_token_p95=at(paces, 0.95))
+
+
+def pass_seconds(c, k, chip, dtype, segments, devices):
+    """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 1."""
+    tokens = sum(stop - start for _, start, stop in segments)
+    seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)                   # keys of all queries
+    held = sum(stop for _, _, stop in segments)
+    head = 2 * c.vocab * c.dim
+    scores = mixing_flops(c, "a", 1) * c.layers.lower().count("a")           # a key that a query sees, in all layers
+    flops = tokens * (k["flops"] - head - scores) + len(segments) * head + seen * scores
+    read = min(k["params"], k["active"] * tokens) if c.experts else k["params"]
+    quantity = weight_bytes(c, dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
+    multiply = "bf16" if dtype in ("int8", "int4") else dtype
+    talk = 2 * len(c.layers) * all_reduce(chip, 2 * tokens * c.dim, devices)
+    return (max(flops / devices / rate(chip, multiply), quantity / devices / (chip.bandwidth * 1e12 * MEMORY))
+            + kernels_a_token(c) * LAUNCH + talk)
+
+
+def arrivals(speed, count, prompt_tokens, new_tokens, seed=0):
+    """`count` requests at `speed` a second, gaps drawn exponentially, lengths from a half to one and a half of those
+    given → [(second, prompt tokens, new tokens)].
+    """
+    rng = np.random.default_rng(seed)
+    at = np.cumsum(rng.exponential(1 / speed, count))
+    around = lambda n: rng.integers(max(1, n // 2), n + n // 2 + 1, count).tolist()
+    return list(zip(at.tolist(), around(prompt_tokens), around(new_tokens)))
+
+
+def plan_service(c, chip, args):
+    """How many chips a service needs → dict, or None where no number of them keeps the goals. A replica is cut over as
+    few chips as hold it and keep both goals; its load is doubled, then halved in, until the simulation breaks one.
+    """
+    least = devices_needed(c, chip, args.dtype, 1, args.prompt_tokens + args.new_tokens)
+    for n in (least, 2 * least, 4 * least):
+        if n > 64:
+            break
+        keeps = lambda load: kept(c, chip, args, n, load)
+        if not keeps(0.01):
+            continue
+        low, high = 0.01, args.requests
+        if keeps(high):
+            low = high
+        else:
+            for _ in range(7):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if keeps(middle) else (low, middle)
+        replicas = math.ceil(args.requests / low)
+        run = kept(c, chip, args, n, args.requests / replicas) or kept(c, chip, args, n, low)
+        return dict(model=c.name, accelerator=chip.name, dtype=args.dtype, chips_a_replica=n, replicas=replicas,
+                    devices=n * replicas, parallelism=f"tensor {n} x replicas {replicas}",
+                    kilowatts=n * replicas * chip.watts / 1e3 if chip.watts else None, **run)
+    return None
+
+
+def kept(c, chip, args, devices, load, count=96):
+    """A replica under `load` requests a second, simulated → what came out if it keeps the goals, else None."""
+    try:
+        run = simulate(c, chip, args.dtype, arrivals(load, count, args.prompt_tokens, args.new_tokens), devices)
+    except ValueError:
+        return None
+    return run if run["first_token_p95"] <= args.first_token and run["per_token_p95"] <= args.per_token else None
+
+
+def plan_training(c, chip, args):
+    """How many chips train a model on so many tokens in so many days, and how it is cut → dict."""
+    context = min(c.context, args.context or 4096)
+    speed = train_rate(chip, c, context, args.mfu)
+    k, size = cost(c, context), training_memory(c, 1, context, True)
+    chips = math.ceil(args.tokens / (args.days * 86400) / speed)
+    state = size["weights"] + size["optimizer"]
+    room = chip.memory * 1e9 * (1 - RESERVED) - size["logits"]
+    most = 8 if chip.link else 1
+    tensor = next((t for t in (1, 2, 4, 8) if t <= most and size["activations"] / t < room / 2), most)
+    pipeline = max(1, math.ceil(state / len(c.layers) / tensor / room))      # what a layer leaves to FSDP
+    chips = max(chips, math.ceil(state / room), tensor * pipeline)
+    chips = -(-chips // (tensor * pipeline)) * tensor * pipeline
+    data = chips // (tensor * pipeline)
+    sums = all_reduce(chip, 2 * k["params"] / tensor, data)                  # the gradients of a step, in bfloat16
+    days = args.tokens / speed / chips / 86400
+    return dict(model=c.name, accelerator=chip.name, tokens=args.tokens, devices=chips, days=days,
+                mfu=speed * 3 * k["flops"] / peak(chip, "bf16"),
+                parallelism=f"tensor {tensor} x data {data}, weights and optimizer cut over data (FSDP)",
+                state_bytes_a_chip=state / chips, activation_bytes_a_window=size["activations"] / tensor,
+                gradient_sum_seconds=sums, megawatts=chips * chip.watts / 1e6 if chip.watts else None,
+                megawatt_hours=chips * chip.watts * days * 24 / 1e6 if chip.watts else None)
+
+
+def show_plan(c, chips, args):
+    """A service or a training run on each accelerator."""
+    make = plan_service if args.plan == "serve" else plan_training
+    plans = []
+    for chip in tqdm(chips, desc="plan", leave=False, file=sys.stderr, disable=len(chips) == 1 or None):
+        if peak(chip, args.dtype if args.dtype not in ("int8", "int4") else "bf16"):
+            plans.append((chip, make(c, chip, args)))
+    if args.json:
+        for chip, plan in plans:
+            print(json.dumps(plan or dict(model=c.name, accelerator=chip.name, devices=None)))
+    elif args.plan == "serve":
+        table(["accelerator", "chips", "a replica", "kW", "tokens/s", "first p95 s", "per token p95 ms", "set back"],
+              [[chip.name, p["devices"], p["chips_a_replica"], figure(p["kilowatts"]), figure(p["tokens_per_second"]),
+                figure(p["first_token_p95"]), figure(1e3 * p["per_token_p95"]), p["preemptions"]] if p else
+               [chip.name, "goals", "out", "of", "reach", "", "", ""] for chip, p in plans])
+        print(f"{c.name} in {args.dtype}: {args.requests:g} requests/s of {args.prompt_tokens} + {args.new_tokens} "
+              f"tokens; first token within {args.first_token:g} s, then {1e3 * args.per_token:g} ms a token")
+    else:
+        table(["accelerator", "chips", "days", "share of peak", "tensor x data", "MW", "MWh", "GB state a chip"],
+              [[chip.name, p["devices"], figure(p["days"]), f"{p['mfu']:.0%}",
+                " x ".join(re.findall(r"\d+", p["parallelism"])[:2]), figure(p["megawatts"]),
+                figure(p["megawatt_hours"]), figure(p["state_bytes_a_chip"] / 1e9)] for chip, p in plans])
+        print(f"{c.name} on {args.tokens:.2e} tokens in bf16, weights and optimizer cut over the data-parallel chips")
+
+
+# --- 6. Validation: the predictor against what others measured --------------------------------------------------------
+
+OVERLAPPED = ("FlashAttention-3", "FlashAttention-4")                        # two tiles in turn: one multiplies while
+                                                                             # the other takes exponentials
+
+def predict_attention(row):
+    """TFLOP/s: a score costs 4 D FLOPs and an exponential; designs that overlap them pay the longer, others both."""
+    chip, D = ACCELERATORS[row.hardware], 128
+    dtype = "bf16" if row.dtype == "fp16" else row.dtype
+    products = 4 * D / rate(chip, dtype)
+    exponential = 1 / EXPONENTIALS[row.hardware]
+    score = max(products, exponential) if row.system in OVERLAPPED else products + exponential
+    return 4 * D / score / 1e12
+
+
+def predict_serving(row):
+    """Tokens/s of 256 requests at once, by the simulation."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(100, 1025, (256, 2)).tolist()
+    requests = [(0.0, prompt, new) for prompt, new in lengths]
+    return simulate(MODELS[row.model], ACCELERATORS[row.hardware], row.dtype, requests,
+                    max_num_batched_tokens=16384)["tokens_per_second"]
+
+
+def predict(row):
+    """What the predictor says to a published row, which it does not look at → a figure in the row's unit."""
+    chip = ACCELERATORS[row.hardware]
+    if row.kind == "matmul":
+        top = peak(chip, row.dtype)
+        return top * matmul_share(chip, without=chip.name) / 1e12
+    if row.kind == "attention":
+        return predict_attention(row)
+    if row.kind == "serve":
+        return predict_serving(row)
+    if row.kind == "decode":
+        die = chip._replace(bandwidth=chip.bandwidth * min(row.chips, 1), bf16=chip.bf16 * min(row.chips, 1))
+        name = row.model
+        return 1 / decode_seconds(MODELS[name], die, row.dtype, 1, 100, max(1, round(row.chips)))
+    share = training_share(without=row) * matmul_share(chip)
+    return 100 * share if row.unit == "% MFU" else row.measured * achieved(row) / share
+
+
+def validate(as_json):
+    """Each published measurement beside its prediction, and the distribution of the errors."""
+    results = []
+    for row in tqdm(PUBLISHED, desc="predict", leave=False, file=sys.stderr, disable=None):
+        results.append((row, predict(row)))
+    errors = {}
+    for row, predicted in results:
+        errors.setdefault(row.kind, []).append(abs(predicted / row.measured - 1))
+    if as_json:
+        for row, p in results:
+            print(json.dumps(dict(kind=row.kind, system=row.system, model=row.model, hardware=row.hardware,
+                                  setting=f"{row.chips:g} x {row.dtype}, {row.setting}", measured=row.measured,
+                                  predicted=p, ratio=p / row.measured)))
+    else:
+        table(["what", "chip", "dtype", "measured", "predicted", "unit", "ratio"],
+              [[f"{r.system} {r.model}"[:44], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
+                figure(r.measured, 4), figure(p, 4), r.unit, f"{p / r.measured:.2f}"] for r, p in results])
+    out = sys.stderr if as_json else sys.stdout
+    whole = sorted(e for kind in errors.values() for e in kind)
+    print(file=out)
+    table(["error", "rows", "median", "three quarters", "worst", "within 25%"],
+          [[kind, len(e), *(f"{q:.0%}" for q in (statistics.median(e), np.quantile(e, 0.75), max(e))),
+            f"{sum(x <= 0.25 for x in e)} of {len(e)}"] for kind, e in [*errors.items(), ("all", whole)]], out)
+    return statistics.median(whole)
+
+
+# --- 7. The command line ----------------------------------------------------------------------------------------------
+
+def arguments():
+    """The command line, as a parser."""
+    p = Parser(prog="hw_profile.py", description="What this machine can do, how close each op comes, and what a model "
+                                                 "would cost on the accelerators of 2020 to 2026.")
+    does = p.add_mutually_exclusive_group()
+    does.add_argument("--compare", metavar="A,B,…", help="accelerators side by side")
+    does.add_argument("--kernels", action="store_true", help="every Triton kernel, compiled for five chips")
+    does.add_argument("--validate", action="store_true", help="the predictor against published measurements")
+    does.add_argument("--plan", choices=["serve", "train"], help="how many chips a service or a training run needs")
+    p.add_argument("--model", help="a model's cost: 0.6B … 405B, a folder or a config.json")
+    p.add_argument("--accelerator", metavar="A,B,…", help="(all that are on sale)")
+    p.add_argument("--dtype", choices=["fp32", "tf32", "bf16", "fp8", "int8", "int4", "fp4"], default="bf16",
+                   help="of the weights (%(default)s)")
+    p.add_argument("--batch", type=positive(int), default=1, help="sequences decoded at once (%(default)s)")
+    p.add_argument("--prompt-tokens", type=positive(int), default=512, help="(%(default)s)")
+    p.add_argument("--new-tokens", type=positive(int), default=256, help="of --plan serve (%(default)s)")
+    p.add_argument("--context", type=positive(int), help="tokens that a decoded one looks at (the prompt)")
+    p.add_argument("--devices", type=positive(int), help="chips that share the model (as few as hold it)")
+    p.add_argument("--requests", type=positive(float), default=10.0, help="a second, of --plan serve (%(default)s)")
+    p.add_argument("--first-token", type=positive(float), default=1.0, help="seconds, for 95%% (%(default)s)")
+    p.add_argument("--per-token", type=positive(float), default=0.05, help="seconds, for 95%% (%(default)s)")
+    p.add_argument("--tokens", type=positive(float), default=1e12, help="of --plan train (%(default)s)")
+    p.add_argument("--days", type=positive(float), default=30.0, help="of --plan train (%(default)s)")
+    p.add_argument("--mfu", type=positive(float), help="share of the peak that training reaches (from published runs)")
+    p.add_argument("--device", help="what to measure: cpu, cuda, mps (the best there is)")
+    p.add_argument("--out", default="roofline.png", help="the picture of this machine's roofline (%(default)s)")
+    p.add_argument("--json", action="store_true", help="an object a line on stdout")
+    return p
+
+
+def chips_asked(names):
+    """--accelerator → a list of Accelerators; without it all that are on sale."""
+    if names:
+        return [ACCELERATORS[find(n, ACCELERATORS, "accelerator")] for n in names.split(",")]
+    return [c for c in ACCELERATORS.values() if c.status == "available"]
+
+
+def main(argv=None):
+    """Answer by command-line flags → exit code."""
+    try:
+        args = arguments().parse_args(argv)
+        if args.mfu and args.mfu > 1:
+            raise UserError(f"--mfu {args.mfu:g}: a share of the peak, at most 1")
+        chips = chips_asked(args.accelerator)
+        if args.compare:
+            compare(args.compare, args.json)
+        elif args.kernels:
+            show_kernels(args.json)
+        elif args.validate:
+            validate(args.json)
+        elif args.plan:
+            show_plan(model_shape(args.model or "8B"), chips, args)
+        elif args.model:
+            show_model(model_shape(args.model), chips, args)
+        elif args.accelerator:
+            show_accelerators(chips, args.json)
+        else:
+            profile(args)
+        return 0
+    except UserError as error:
+        print(f"hw_profile.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
