@@ -20,6 +20,7 @@ the price of a call are measured, and an op is predicted from the passes over me
 `python hw_profile.py` measures this machine, holds each op of the project against its roofline, writes roofline.png and
 prints the table of accelerators. --compare, --kernels, --model, --plan, --validate: see --help.
 """
+import concurrent.futures
 import contextlib
 import difflib
 import functools
@@ -283,6 +284,223 @@ def compare(names, as_json):
              ["bf16 FLOP / J", *(figure(x["flop_per_joule"]) for x in d)],
              ["reading all memory, ms", *(f"{1e3 * x['read_all_seconds']:.0f}" for x in d)]]
     table(["", *(c.name for c in chips)], rows)
+
+
+# --- 3. Binaries: what the compiler made of each kernel, for chips that need not be there -----------------------------
+#
+# Each op is called once with tensors of zeros and a driver that compiles what would be launched and launches nothing: so
+# the signatures, constants and tiles are those that the op takes on that chip.
+
+def launches_attention(A, t):
+    for C in (1024, 4096):
+        yield dict(C=C), lambda: A.rms_norm(t(9, C), t(C)).sum().backward()
+    yield dict(D=128), lambda: sum(y.sum() for y in A.rotary(t(2, 32, 5, 128), t(2, 8, 5, 128),
+                                                             torch.arange(5))).backward()
+    yield dict(F=11008), lambda: A.swiglu(t(4, 11008), t(4, 11008)).sum().backward()
+    yield dict(S=4096), lambda: A.attention(t(1, 2, 1, 64), t(1, 1, 4096, 64), t(1, 1, 4096, 64), softcap=2.0,
+                                            alibi=torch.ones(2), window=9).sum().backward()
+    yield dict(V=131072), lambda: A.linear_cross_entropy(t(4, 8), t(131072, 8),
+                                                         torch.zeros(4, dtype=torch.long)).backward()
+
+
+def launches_flash(F, t):
+    table, lengths = torch.zeros(2, 2048, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    for D in (64, 128):
+        pages, scales = t(9, 16, 2, D), torch.ones(9, 16, 2)
+        yield dict(D=D), lambda: F.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D), t(1, 2, 4096, D)).sum().backward()
+        yield dict(D=D, cache="bf16"), lambda: F.flash_decode(t(2, 16, D), pages, pages, table, lengths)
+        yield dict(D=D, cache="int8"), lambda: F.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths,
+                                                              scales, scales)
+
+
+def launches_ssm(S, t):
+    f = lambda *shape: torch.zeros(shape, requires_grad=True)
+    yield dict(K=4), lambda: S.causal_conv1d(t(1, 256, 2048), t(2048, 4), t(2048))[0].sum().backward()
+    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), f(2048, 16), t(1, 256, 16),
+                                               t(1, 256, 16), f(2048))[0].sum().backward()
+    yield dict(P=64, N=128), lambda: S.ssd(t(1, 256, 8, 64), f(1, 256, 8), f(8), t(1, 256, 1, 128), t(1, 256, 1, 128),
+                                           f(8))[0].sum().backward()
+    yield dict(K=128, V=128), lambda: S.gated_delta(t(1, 256, 4, 128), t(1, 256, 4, 128), t(1, 256, 4, 128),
+                                                    f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
+
+
+LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm}
+TARGETS = {   # name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its
+    "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),                        # matrix instructions
+    "sm_90": ("cuda", 90, 32, 228, 64, r"HGMMA|QGMMA|IGMMA|HMMA|IMMA"),
+    "sm_100": ("cuda", 100, 32, 228, 64, r"UTC\w*MMA|HMMA|IMMA"),
+    "gfx942": ("hip", "gfx942", 64, 64, 32, r"v_mfma\w*"),
+    "gfx950": ("hip", "gfx950", 64, 160, 32, r"v_mfma\w*"),
+}
+
+
+class NoDevice:
+    """The driver of a chip that is not there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_ahead(name):
+    """In a process of its own: compile all kernels for a target and print a JSON object for each."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    backend, arch, lanes, *_ = TARGETS[name]
+    driver.set_active(NoDevice(GPUTarget(backend, arch, lanes)))
+    made, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        made.append((kernel, run(kernel, *args, grid=grid, warmup=True, **options)))
+        return made[-1][1]
+    JITFunction.run = compile_only
+    tensor = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    for file, launches in LAUNCHES.items():
+        try:
+            module = importlib.import_module(file)
+        except ImportError as error:
+            print(json.dumps(dict(skipped=f"{file}.py: not here ({error})")), flush=True)
+            continue
+        module.on_kernel = A.on_kernel = flash.on_kernel = lambda x: True
+        seen = set()
+        for config, launch in launches(module, tensor):
+            made.clear()
+            try:
+                launch()
+            except Exception as error:                                       # what a compiler raises is its own affair
+                print(json.dumps(dict(skipped=f"{file}.py {config} for {name}: {type(error).__name__}: "
+                                              f"{str(error).splitlines()[0][:90] if str(error) else ''}")), flush=True)
+            for kernel, binary in made:
+                constants = {kernel.arg_names[path[0]]: value for path, value in binary.src.constants.items()
+                             if len(path) == 1 and isinstance(value, int) and kernel.arg_names[path[0]].isupper()}
+                row = dict(kernel=kernel.__name__, file=f"{file}.py",
+                           config=config | constants | dict(warps=binary.metadata.num_warps,
+                                                            stages=binary.metadata.num_stages), target=name)
+                if repr(row) not in seen:
+                    seen.add(repr(row))
+                    print(json.dumps(row | read_binary(binary, name)), flush=True)
+
+
+def read_binary(binary, name):
+    """A compiled kernel → its numbers: registers a thread, spilled bytes, shared memory, share of the warps that a
+    multiprocessor could hold, matrix instructions, exponentials a thread, and what holds it up.
+    """
+    backend, arch, lanes, shared_kb, most, matrix = TARGETS[name]
+    warps, shared = binary.metadata.num_warps, binary.metadata.shared
+    if backend == "hip":
+        text = binary.asm["amdgcn"]
+        number = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)), default=0)
+        registers, spills = number("vgpr_count"), 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+        by_registers = 4 * min(8, 512 // max(-(-registers // 8) * 8, 8)) // warps
+        exponentials = len(re.findall(r"\bv_exp_f32", text))
+        each = shared
+    else:
+        tools = Path(A.triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(binary.asm["cubin"])
+            call = lambda *words: subprocess.run([*words, path], capture_output=True, text=True).stdout
+            usage, text = call(tools / "cuobjdump", "--dump-resource-usage"), call(tools / "nvdisasm", "-c")
+        registers = max(map(int, re.findall(r"REG:(\d+)", usage)), default=0)
+        spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+        by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps) if registers else most
+        exponentials = text.count("MUFU.EX2")
+        each = shared + 1024
+    found = re.findall(rf"\b({matrix})\b((?:\.\w+)*)", text)
+    kinds = statistics.mode(kind for kind, _ in found) if found else None
+    rooms = dict(registers=by_registers, shared=shared_kb * 1024 // each if each else most, threads=most // warps)
+    programs = min(rooms.values())
+    return dict(registers=registers, spills=spills, shared_bytes=shared, occupancy=round(programs * warps / most, 3),
+                matrix_instruction=kinds, matrix_count=len(found), exponentials=exponentials,
+                occupancy_limit=min(rooms, key=rooms.get), limit=limit(name, found, exponentials, spills))
+
+
+def limit(name, found, exponentials, spills):
+    """What holds a kernel up there: spills; memory where nothing is multiplied by matrix units; else the longer of the
+    products and the exponentials, in clocks of a multiprocessor.
+    """
+    if spills:
+        return "spills"
+    if not found:
+        return "memory"
+    clocks = 0
+    for kind, form in found:
+        m, n, k = (int(x) for x in re.findall(r"\d+", re.search(r"\.(\d+x\d+x\d+)|$", form)[0] or "") or (0, 0, 0))
+        if kind == "HGMMA":
+            clocks += 2 * m * n * k / 4096 / 4                               # four warps share one, here a warp's part
+        elif kind == "HMMA":
+            clocks += 4096 / (2048 if name == "sm_80" else 4096)             # 16 x 8 x 16
+        else:
+            return "products"                                                # its size stands in no register
+    return "exponentials" if 2 * exponentials > clocks else "products"       # 16 a clock: 2 clocks a warp
+
+
+def kernel_rows():
+    """All kernels × targets → (rows, lines about what was skipped), from the cache where no source has changed."""
+    if A.triton is None:
+        raise UserError("Triton is not installed (it runs on Linux): the binaries cannot be made here")
+    here = Path(__file__).resolve().parent
+    sources = [here / f"{name}.py" for name in ("hw_profile", *LAUNCHES)]
+    key = hashlib.sha256(A.triton.__version__.encode()
+                         + b"".join(p.read_bytes() if p.exists() else b"-" for p in sources)).hexdigest()[:16]
+    kept = train.cache_folder() / "kernels" / f"{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    rows, skipped = [], []
+
+    def work(name):
+        program = f"import hw_profile; hw_profile.compile_ahead({name!r})"
+        child = subprocess.Popen([sys.executable, "-c", program], cwd=here, env=env, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in child.stdout:
+            row = json.loads(line)
+            rows.append(row) if "kernel" in row else skipped.append(row["skipped"])
+            bar.update()
+        error = child.stderr.read()
+        if child.wait():
+            skipped.append(f"{name}: {(error.strip().splitlines() or ['failed'])[-1]}")
+
+    with tqdm(desc="compile", unit=" kernels", leave=False, file=sys.stderr, disable=None) as bar:
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(work, TARGETS))
+    rows.sort(key=lambda r: (list(LAUNCHES).index(r["file"][:-3]), list(TARGETS).index(r["target"])))
+    result = rows, sorted(set(skipped))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with train.replacing(kept) as path:
+        path.write_text(json.dumps(result))
+    return result
+
+
+def show_kernels(as_json):
+    """The table of binaries."""
+    rows, skipped = kernel_rows()
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    sizes = lambda config: " ".join(f"{k.replace('BLOCK_', '')}{v}" for k, v in config.items()
+                                    if k in ("C", "D", "F", "S", "V", "K", "N", "P", "BLOCK_M", "BLOCK_N", "cache"))
+    table(["kernel", "sizes", "chip", "regs", "spill", "shared", "occ.", "by", "matrix", "exp", "limit"],
+          [[r["kernel"].strip("_")[:22], sizes(r["config"])[:18], r["target"], r["registers"], r["spills"],
+            r["shared_bytes"], f"{r['occupancy']:.0%}", r["occupancy_limit"][:4],
+            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"]] for r in rows])
+    print("regs, exp: a thread; shared: bytes a program; occ.: warps at once / most, and what bounds it; exp: 2^x written "
+          "\nin the code; limit: what holds it up, by clocks of products and exponentials")
 
 
 # --- 4. Model cost: parameters, FLOPs and bytes by letter of the layer ------------------------------------------------
