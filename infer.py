@@ -236,6 +236,8 @@ def inverse_factor(H, damping):
     has no neighbours.
     """
     xp, one = _xp(H), _xp(H).zeros_like(H)
+    if not xp.isfinite(H).all():
+        return None
     one[range(len(H)), range(len(H))] = 1
     size = xp.sqrt(xp.diagonal(H))
     size = xp.where(size > 0, size, xp.ones_like(size))
@@ -287,6 +289,8 @@ def awq_numpy(w, H, group=64):
     ‖x_i‖ is the root of H's diagonal. α = 0 is among the ten tried: never worse than rounding to nearest.
     """
     xp = _xp(w)
+    if not xp.isfinite(H).all():
+        return xp.ones_like(w[0])
     size = xp.sqrt(xp.diagonal(H))
     size = xp.clip(size / xp.amax(size), 1e-4, 1) if xp.amax(size) > 0 else xp.ones_like(size)
     best, least = xp.ones_like(size), math.inf

@@ -72,10 +72,11 @@ def test_gptq_and_awq_cost_the_layer_less_than_rounding_to_nearest(seed):
     x[:, 5] = 0                                                              # and a dead one
     H = x.T @ x
     nearest = cost(int4_of(infer.int4_numpy(w, group), I) - w, H)
-    assert cost(int4_of(infer.gptq_numpy(w, H, group), I) - w, H) < 0.7 * nearest
+    outlier = seed % 2                                                       # its own rounding is most of all there is:
+    assert cost(int4_of(infer.gptq_numpy(w, H, group), I) - w, H) < (0.99 if outlier else 0.7) * nearest
     c = infer.awq_numpy(w, H, group)
     awq = int4_of(infer.int4_numpy(w * c, group), I) / c
-    assert (c > 0).all() and np.isfinite(c).all() and cost(awq - w, H) <= nearest * (1 + 1e-12)
+    assert (c > 0).all() and np.isfinite(c).all() and cost(awq - w, H) <= (0.02 if outlier else 1) * nearest
     close(infer.awq_numpy(torch.from_numpy(w), torch.from_numpy(H), group).numpy(), c)
 
 
@@ -181,17 +182,20 @@ def test_the_int4_layer_gives_what_its_weights_say(I, O, group, bias):
                 assert (np.abs(layer(x).double().numpy() - wanted) <= (0.012 if rounded else 1e-5) * unit).all()
 
 
-def stack(letters, tmp_path, tied=False, dim=64):
+def stack(letters, tmp_path, tied=False, dim=64, hidden=192):
     """A small model of ours of any layers, with random weights, as a folder."""
     tokenizer = train.make_tokenizer("bytes", 257, [])
     raw = train.our_config(letters, dim, 2, 1, tokenizer.vocab_size, 64, tokenizer.eos_ids)
-    model = train.Model(train.parse_config(raw | dict(tie_word_embeddings=tied)))
+    model = train.Model(train.parse_config(raw | dict(tie_word_embeddings=tied, intermediate_size=hidden)))
     torch.manual_seed(1)
     with torch.no_grad():
         model.initialize(0)
         for w in model.parameters():
             if w.ndim > 1:
                 w.add_(torch.randn(w.shape) * 0.08)
+        for block in model.blocks:
+            if hasattr(block, "predictor"):
+                block.predictor.bias.fill_(9.0)                              # every token is chosen
     folder = tmp_path / f"{letters}{tied}"
     folder.mkdir(exist_ok=True)
     train.save(model.eval(), tokenizer, folder)
@@ -265,7 +269,7 @@ def test_pruned_folders_are_plain_folders(tmp_path):
     m = infer.LLM(folder, prune="magnitude", sparsity="2:4")
     w = m.model.blocks[0].mlp.down.weight
     assert ((w.view(-1, 4) == 0).sum(1) == 2).all()
-    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=66), "--prune", "magnitude", "--sparsity", "2:4")
+    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude", "--sparsity", "2:4")
     assert code == 2 and "in fours" in err and len(err.strip().splitlines()) == 1
 
 
