@@ -21,7 +21,8 @@ its bound.
               keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`, `--compare`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`, `--compare`, `--serve`; without a
+prompt, on a terminal, it asks for one.
 """
 import argparse
 import asyncio
@@ -1217,9 +1218,9 @@ class PageState:
 
 
 class Mixed(Slabs):
-    """Caches of stacks that are not attention alone. Each attention layer has its part of a sequence's slab; a routed one
-    keeps there only the tokens it took, and the slab says which (`kept`, positions in order). Each recurrent layer has a
-    row of states for each sequence, in tensors that grow with the rows in use.
+    """Caches of stacks that are not attention alone. Each attention layer has its part of a sequence's slab; a routed
+    one keeps there only the tokens it took, and the slab says which (`kept`, positions in order). Each recurrent layer
+    has a row of states for each sequence, in tensors that grow with the rows in use.
 
     A state is of all tokens so far and can't be cut back: it is kept (`memory`) where the scheduler asks for it.
     """
@@ -1229,7 +1230,7 @@ class Mixed(Slabs):
         self.size, self.kinds, self.stores, self.free, routed, layers = blocks.size, [], [], [], 0, 0
         for letter, block in zip(c.layers, model.blocks):
             if letter in "aA":
-                self.kinds.append((2 * layers, routed if letter == "A" else None))           # where in the slab, in `kept`
+                self.kinds.append((2 * layers, routed if letter == "A" else None))           # in the slab, in `kept`
                 layers, routed = layers + 1, routed + (letter == "A")
             else:
                 self.kinds.append((len(self.stores), letter.isupper()))
@@ -1242,8 +1243,7 @@ class Mixed(Slabs):
 
     def state_bytes(self):
         """Of one sequence."""
-        return sum(part[0].numel() * part.element_size() if len(part) else math.prod(part.shape[1:]) * part.element_size()
-                   for store in self.stores for part in store)
+        return sum(math.prod(part.shape[1:]) * part.element_size() for store in self.stores for part in store)
 
     def open(self, r):
         r.slab = None
@@ -1312,12 +1312,15 @@ class Mixed(Slabs):
 
 
 class RowsState:
-    """The state of one recurrent layer in a pass over many sequences: their rows of its tensors (`ssm.RecurrentState`)."""
+    """The state of one recurrent layer in a pass over many sequences: their rows of its tensors; see
+    `ssm.RecurrentState`.
+    """
 
     def __init__(self, store, rows, counts):
         first, device = rows[0], store[0].device
         together = rows == list(range(first, first + len(rows)))
-        self.store, self.rows = store, slice(first, first + len(rows)) if together else torch.tensor(rows, device=device)
+        self.store = store
+        self.rows = slice(first, first + len(rows)) if together else torch.tensor(rows, device=device)
         self.ones = all(count == 1 for count in counts)
         self.cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
 
@@ -1341,8 +1344,7 @@ def chosen_counts(keep, counts):
 
 
 class RoutedRows:
-    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: no token).
-    """
+    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: none)."""
 
     def __init__(self, store, rows, counts):
         self.store, self.rows, self.counts = store, rows, counts
@@ -1719,8 +1721,7 @@ PASS = 512                                                                   # t
 
 
 def hidden_states(model, cache, segments):
-    """One pass of a model over (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces.
-    """
+    """One pass of a model over (request, start, stop)s in one row → what the head reads [N, C]. On a CPU in pieces."""
     device = model.embed.weight.device
     if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > PASS:
         return torch.cat([hidden_states(model, cache, piece) for piece in pieces(segments, PASS)])
@@ -1735,13 +1736,13 @@ def hidden_states(model, cache, segments):
 class Constraints:
     """Texts that must match a regular expression or a JSON schema: llguidance says which tokens can go on.
 
-    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its parts,
-    and ends with its last bracket. Properties that the schema does not require may be left out.
+    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its
+    parts, and ends with its last bracket. Properties that the schema does not require may be left out.
     """
     JSON = dict(whitespace_pattern=r" ?|\n {0,32}", lenient=False)
 
     def __init__(self, tokenizer, eos_ids, V):
-        import llguidance                                                    # not everybody's: loaded with the first use
+        import llguidance                                                    # not everybody's: loaded when used
         special = set(tokenizer.special.values())
 
         class Tokens:
@@ -1774,8 +1775,7 @@ class Constraints:
         return matcher(self.tokens, grammar, log_level=0)
 
     def allow(self, logits, requests):
-        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay as they are.
-        """
+        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay."""
         rows = [i for i, r in enumerate(requests) if r.matcher]
         if not rows:
             return logits
@@ -1791,8 +1791,8 @@ class Constraints:
 def accept_or_resample_numpy(p, q, drafts, rng):
     """The classic rule of speculative decoding (arXiv 2211.17192, algorithm 1), for one text.
 
-    q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted with
-    probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and ends
+    q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted
+    with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and ends
     the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
     """
     tokens = []
@@ -1805,8 +1805,8 @@ def accept_or_resample_numpy(p, q, drafts, rng):
 
 
 # The engine's rule needs no q. The target's own token at a position is argmax(logits + noise), and the noise depends on
-# (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it is
-# that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule accepts,
+# (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it
+# is that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule accepts,
 # nearly, and the text is bit for bit the one without drafts.
 
 class NGram:
@@ -1822,7 +1822,7 @@ class NGram:
 
     def lookup(self, ids, seen, k):
         read, ends = seen
-        for end in range(max(read, 1), len(ids)):                            # the gram that ends the text is not one yet
+        for end in range(max(read, 1), len(ids)):                            # what ends the text has no token after it
             for n in self.SIZES:
                 ends[tuple(ids[max(0, end - n):end])] = end
         seen[0] = len(ids)
@@ -1840,7 +1840,8 @@ class Draft:
     """A text as the draft model has it: the request's tokens, then its own guesses."""
 
     def __init__(self, r):
-        self.sampling, self.seed, self.choice, self.capacity, self.tally = r.sampling, r.seed, r.choice, r.capacity, None
+        self.sampling, self.seed, self.choice, self.capacity = r.sampling, r.seed, r.choice, r.capacity
+        self.tally = None
         self.ids, self.drafts, self.computed, self.known, self.table, self.before = [], [], 0, 0, [], None
 
 
@@ -1862,7 +1863,7 @@ class Drafter:
             self.follow(self.texts[r], r.ids)
         segments = [(d, d.computed, len(d.ids)) for d in drafts]
         for i in range(k):
-            hidden = torch.cat([hidden_states(self.model, self.cache, piece) for piece in pieces(segments, self.budget)])
+            hidden = torch.cat([hidden_states(self.model, self.cache, p) for p in pieces(segments, self.budget)])
             ends = torch.tensor(np.cumsum([stop - start for _, start, stop in segments]) - 1, device=hidden.device)
             if not i and self.cache.recurrent:                               # a state can't be cut: kept before guesses
                 for d in drafts:
@@ -1910,7 +1911,7 @@ class Request:
         self.table, self.keys, self.computed, self.arrival = [], [], 0, 0
         self.waits_for = self.cached_tokens = None
         self.marks = set()                                                   # where its states are to be kept
-        self.matcher = None                                                  # what its text must match: see `Constraints`
+        self.matcher = None                                                  # what its text must match
         self.drafts, self.before = [], None                                  # tokens guessed; states before them
         self.worth, self.pause, self.rest = 1.0, 0, 8                        # of drafts: see `LLM.guess`
 
@@ -2220,7 +2221,8 @@ class LLM:
         self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → decode step
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
-        self.drafter, self.num_draft_tokens = draft and self.make_drafter(draft, max_num_batched_tokens), num_draft_tokens
+        self.drafter = draft and self.make_drafter(draft, max_num_batched_tokens)
+        self.num_draft_tokens = num_draft_tokens
         self.draft_tokens, self.accepted_tokens, self.constraints = 0, 0, None
         self.costs = {}                                                      # (rows, drafts or not) → seconds of a step
 
@@ -2260,7 +2262,8 @@ class LLM:
             raise ValueError(f"prompt {index}: {error}") from None
         (seed,) = (sampling.seed,) if sampling.seed is not None else self.processes.agree(secrets.randbits(63))
         limit = sampling.max_tokens or min(self.room - len(ids), pool - len(ids), 128)
-        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop))
+                    for i in range(sampling.n)]
         if sampling.regex is not None or sampling.json_schema is not None:
             self.constraints = self.constraints or Constraints(self.tokenizer, self.eos_ids, V)
             try:
@@ -2352,8 +2355,8 @@ class LLM:
                 r.rest = 8
 
     def draw_checked(self, logits, ready):
-        """Draw the next token of each request, and go on while it is the one that was guessed → {request: tokens that are
-        computed, of its text}. logits: 1 + len(r.drafts) rows for each.
+        """Draw the next token of each request, and go on while it is the one that was guessed → {request: tokens that
+        are computed, of its text}. logits: 1 + len(r.drafts) rows for each.
         """
         first = np.cumsum([0] + [1 + len(r.drafts) for r in ready])
         length, going = {r: len(r.ids) for r in ready}, list(zip(ready, first))
@@ -2363,7 +2366,8 @@ class LLM:
             rows = [at + i for _, at in going]
             whole = i == 0 and len(rows) == len(logits)
             self.draw(logits if whole else logits[torch.tensor(rows, device=logits.device)], [r for r, _ in going])
-            going = [(r, at) for r, at in going if not r.finish_reason and i < len(r.drafts) and r.ids[-1] == r.drafts[i]]
+            going = [(r, at) for r, at in going
+                     if not r.finish_reason and i < len(r.drafts) and r.ids[-1] == r.drafts[i]]
             for r, _ in going:
                 r.gained = i + 1
             if not going:
@@ -2373,8 +2377,8 @@ class LLM:
         return {r: length[r] + r.gained for r in ready if r.drafts}
 
     def forward(self, segments):
-        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens, and after
-        each of its drafts.
+        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens, and
+        after each of its drafts.
         """
         decode = all(stop == len(r.ids) and r.left == 1 and not r.drafts for r, _, stop in segments)
         if self.graphs is not None and decode and (shape := self.cache.shape(segments)):
@@ -2463,8 +2467,8 @@ class LLM:
             likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
-        (tokens,) = self.processes.agree(sample(self.constraints.allow(logits, requests) if self.constraints else logits,
-                                                requests))
+        allowed = self.constraints.allow(logits, requests) if self.constraints else logits
+        (tokens,) = self.processes.agree(sample(allowed, requests))
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
@@ -2526,14 +2530,14 @@ class LLM:
     def stats(self):
         """Counts since the start, and what runs and is free now → dict. Known blocks that no request holds are free."""
         s = self.scheduler
-        return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens, preemptions=s.preemptions, prefix_hits=self.blocks.hits,
-                    running=len(s.running), waiting=len(s.waiting),
+        return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens,
+                    preemptions=s.preemptions, prefix_hits=self.blocks.hits, running=len(s.running), waiting=len(s.waiting),
                     free_blocks=len(self.blocks), total_blocks=self.blocks.total)
 
 
 def bound(llm, machine, batch, context):
-    """Decode tokens/s that memory allows: each step reads all weights that multiply, each row's keys and values, and its
-    states, which it also writes.
+    """Decode tokens/s that memory allows: each step reads all weights that multiply, each row's keys and values, and
+    its states, which it also writes.
     """
     return batch * machine.bandwidth / (llm.weight_bytes + batch * (context * llm.token_bytes + 2 * llm.state_bytes))
 
@@ -3745,8 +3749,8 @@ def arguments():
                    help="tokens a pass; longer prompts go in chunks (%(default)s)")
     p.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
                    help="take over what an earlier prompt with the same beginning has computed")
-    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays the "
-                   "same: ngram (the text itself), self (the first layers), or a smaller model's folder")
+    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays "
+                   "the same: ngram (the text itself), self (the first layers), or a smaller model's folder")
     p.add_argument("--num-draft-tokens", type=positive(int), default=4, help="guessed at most (%(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")

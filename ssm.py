@@ -10,7 +10,7 @@
     S4D                [C, N]          exp(Δ A), complex, diagonal    nothing: so it is a convolution, too
     Mamba              [C, N]          exp(Δ_t A), real, diagonal     Δ, B, C: it can choose what to keep
     Mamba-2            [H, P, N]       exp(Δ_t A), one number a head  the same; it becomes products of matrices
-    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what it has under a key
+    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what stands at a key
 
     A continuous system h' = A h + B x becomes steps of Δ: by ZOH (x held constant within a step) Ā = exp(Δ A) and
     B̄ = A⁻¹ (exp(Δ A) − 1) B; S4D does so. Mamba and Mamba-2 take the simpler B̄ = Δ B.
@@ -44,14 +44,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq, swiglu,
-                       tl, triton)
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq,
+                       swiglu, tl, triton)
 
 
 # --- 1. S4D: one model, three views -----------------------------------------------------------------------------------
 
 def hippo_legs(N):
-    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: the state is the input so far in Legendre polynomials."""
+    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: a state that is the past in Legendre polynomials."""
     n = np.arange(N)
     root = np.sqrt(2 * n + 1)
     A = -np.where(n[:, None] > n, root[:, None] * root, np.diag(n + 1.0))
@@ -113,7 +113,7 @@ def s4d_convolution_numpy(x, A, B, C, dt):
     T = len(x)
     A_bar, B_bar = discretize(A, B, dt)
     kernel = 2 * np.einsum("cn,cnt->tc", C * B_bar, A_bar[..., None] ** np.arange(T)).real
-    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing comes round
+    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing wraps
     return np.fft.irfft(spectrum, 2 * T, axis=0)[:T]
 
 
@@ -122,7 +122,7 @@ def s4d_scan_numpy(x, A, B, C, dt):
     A_bar, B_bar = discretize(A, B, dt)
     a, b = np.broadcast_to(A_bar, (len(x), *A.shape)).copy(), B_bar * x[..., None]
     shift = 1
-    while shift < len(x):                                                    # after round r each holds its last 2^r steps
+    while shift < len(x):                                                    # after round r each holds 2^r steps
         a[shift:], b[shift:] = a[shift:] * a[:-shift], a[shift:] * b[:-shift] + b[shift:]
         shift *= 2
     return 2 * (C * b).sum(-1).real
@@ -260,7 +260,8 @@ def _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K: tl.constexpr, mask):
 
 
 @jit
-def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr,
+                       BLOCK_C: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     first = tl.load(FIRST + t, mask=t < N, other=0)                          # where the token's own sequence begins
@@ -315,8 +316,8 @@ class _CausalConv1d(torch.autograd.Function):
         rows = x.reshape(B * T, C) if x.stride(-1) == 1 else x.contiguous().view(B * T, C)
         places, y = _places(cu_seqlens, B, T, x.device), x.new_empty(B, T, C)
         grid = triton.cdiv(B * T, 32), triton.cdiv(C, 64)
-        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K, BLOCK_T=32,
-                                 BLOCK_C=64)
+        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K,
+                                 BLOCK_T=32, BLOCK_C=64)
         if cu_seqlens is not None:
             y[0, int(cu_seqlens[-1]):] = 0
         ctx.save_for_backward(rows, w, bias, state, cu_seqlens, *places)
@@ -331,8 +332,8 @@ class _CausalConv1d(torch.autograd.Function):
         dy, tiles = dy.contiguous(), triton.cdiv(B * T, 32)
         dx, dw, dbias = dy.new_empty(B, T, C), w.new_empty(tiles, C, K, dtype=torch.float32), torch.empty(
             tiles, C, device=dy.device)
-        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T, C,
-                                                      rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
+        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T,
+                                                      C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
         return (dx, dw.sum(0).to(w.dtype), None if bias is None else dbias.sum(0).to(bias.dtype),
                 None if state is None else _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T), None)
 
@@ -380,8 +381,8 @@ def _tails(x, state, cu_seqlens, B, T, K):
 def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     """Each channel convolved with its last K inputs, then SiLU: x [B, T, C], w [C, K], bias [C] → (y as x, state).
 
-    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable, the
-    state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
+    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable,
+    the state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
     """
     if x.ndim != 3 or w.ndim != 2 or len(w) != x.shape[2] or bias is not None and bias.shape != w.shape[:1]:
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, w {tuple(w.shape)}, bias "
@@ -419,8 +420,8 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
 def causal_conv1d_step(x, w, bias=None, state=None):
     """One token of each sequence: x [B, C], state [B, C, K − 1] → (y [B, C], state)."""
     if state is None or x.ndim != 2 or state.shape != (*x.shape, w.shape[1] - 1):
-        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state {None if state is None else tuple(state.shape)} "
-                         f"must be [B, C] and [B, C, {w.shape[1] - 1}]")
+        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state "
+                         f"{None if state is None else tuple(state.shape)} must be [B, C] and [B, C, {w.shape[1] - 1}]")
     line = torch.cat([state.to(x.dtype), x[:, :, None]], dim=2)
     z = (line * w).sum(-1)
     return F.silu(z if bias is None else z + bias), line[:, :, 1:]
@@ -462,7 +463,8 @@ def selective_scan_associative_numpy(x, dt, A, B, C, D=None, state=None):
 def selective_scan_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, *, grad):
     """grad (dy, dstate) → dx, ddt, dA, dB, dC, and dD, dstate where they were given."""
     if cu_seqlens is not None:
-        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens, grad)
+        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens,
+                                    grad)
     dy, g = grad
     h = [np.zeros((x.shape[0], *A.shape), x.dtype) if state is None else state]
     for t in range(x.shape[1]):
@@ -495,7 +497,7 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
         h = tl.load(S + seq * CHANNELS * N + place, mask=mask, other=0.).to(tl.float32)
     first, last = tl.load(CU + seq).to(tl.int64), tl.load(CU + seq + 1).to(tl.int64)
     for t in range(first, last):
-        if (t - first) % CHUNK == 0:                                         # kept for the backward pass: the state before
+        if (t - first) % CHUNK == 0:                                         # for the backward pass: the state before
             tl.store(HELD + (t // CHUNK + seq) * CHANNELS * N + place, h, mask=mask)                 # each chunk
         x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
         dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -510,8 +512,8 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
 
 
 @jit
-def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N, CHUNK,
-                        BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N,
+                        CHUNK, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     seq, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c, n = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     mask = (c < CHANNELS)[:, None] & (n < N)[None, :]
@@ -526,7 +528,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
         start = first + (chunks - 1 - back) * CHUNK
         stop = tl.minimum(start + CHUNK, last)
         h = tl.load(HELD + (start // CHUNK + seq) * CHANNELS * N + place, mask=mask, other=0.)
-        for t in range(start, stop):                                         # the chunk's states anew, each before its t
+        for t in range(start, stop):                                         # the chunk's states anew, before each t
             tl.store(ROOM + (seq * CHUNK + t - start) * CHANNELS * N + place, h, mask=mask)
             x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -543,8 +545,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             a = tl.exp(dt[:, None] * a_log)
             h = a * before + (dt * x)[:, None] * b[None, :]
             g += r[None, :] * dy[:, None]
-            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed over groups
-            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # later: no atomics
+            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed later over
+            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # groups: no atomics
             du = tl.sum(g * b[None, :], 1)
             da = a * g * before
             dx = du * dt
@@ -588,8 +590,8 @@ class _ScanKernel(torch.autograd.Function):
         dA, dS, dD = new(sequences, channels, N), new(sequences, channels, N), new(sequences, channels)
         dB, dC = new(groups, T, N), new(groups, T, N)
         _selective_scan_bwd[sequences, groups](
-            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T, channels,
-            N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
+            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T,
+            channels, N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
         return (dx, ddt, dA.sum(0).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
                 None if D is None else dD.sum(0).to(D.dtype), None if state is None else dS.to(state.dtype), None)
 
@@ -613,7 +615,7 @@ def _unfold(x, T):
 
 
 def _carry_on(fade, own, entering):
-    """Pieces one after the other: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
+    """Pieces in a row: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
     each = []
     for f, o in zip(fade.unbind(1), own.unbind(1)):
         each.append(entering)
@@ -715,8 +717,8 @@ def _check_scan(op, x, dt, A, B, C, D, state, sequences):
 
 
 def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
-    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] → (y as
-    x, state [B, C, N] float32).
+    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] →
+    (y as x, state [B, C, N] float32).
 
     state: before the first token (None: zeros), and after the last; differentiable, too. Packed: `cu_seqlens`
     [sequences + 1], B = 1, a state for each sequence. ValueError for shapes that do not fit, and on a CPU for signs.
@@ -731,7 +733,8 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     if on_kernel(x):
         cu = torch.arange(rows + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens
         flat = [a.flatten(0, 1).contiguous() for a in (x, dt, B, C)]
-        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, None if state is None else state.contiguous(), cu)
+        before = None if state is None else state.contiguous()
+        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, before, cu)
         return y.view(x.shape), after
     wide = torch.promote_types(torch.float32, kind)
     x, dt, A, B, C, D = (a if a is None else a.to(wide) for a in (x, dt, A, B, C, D))
@@ -1034,7 +1037,7 @@ def ssd_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, chun
 #     (I + A) u = β (v − γ k S)          A_ij = β_i Γ_ij k_i · k_j for j < i          T = (I + A)⁻¹
 #     u = T β v − (T β γ k) S = u₀ − w S
 #
-# so steps 2 and 3 of SSD become u = u₀ − w S, S' = across S + (leave k)ᵀ u, chunk after chunk, and 1 and 4 stay. (Bischof
+# so steps 2 and 3 of SSD become u = u₀ − w S, S' = across S + (leave k)ᵀ u, chunk after chunk; 1 and 4 stay. (Bischof
 # & Van Loan's WY form of a product of such erasers; Yang et al. 2024, arXiv 2406.06484; gated: 2412.06464.)
 #
 #     name         shape            in the papers
@@ -1246,7 +1249,8 @@ def _chunk_state_fwd(K, U, W, Gate, S_first, States, U_out, S_last, Cu, K_at, U_
     """Steps 2 and 3: a program for each sequence, head, and BLOCK_P columns of the state. With W, u = u₀ − w S."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     d, p = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    at, inside = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3], (d < N)[:, None] & (p < P)[None, :]
+    at = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3]
+    inside = (d < N)[:, None] & (p < P)[None, :]
     S = tl.load(S_first + at, mask=inside, other=0.).to(tl.float32)          # [N, P]
     slot, chunks = _slots(Cu, b, per, L)
     begin, end = b * 0, T + b * 0
@@ -1312,7 +1316,8 @@ def _chunk_state_bwd(Q, K, W, Gate, dY, dS_last, dStates, dU, dS_first, Cu, Q_at
     """The same from the last chunk to the first: the gradient of the state at each chunk's end, and the whole du."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     d, p = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    at, inside = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3], (d < N)[:, None] & (p < P)[None, :]
+    at = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3]
+    inside = (d < N)[:, None] & (p < P)[None, :]
     dS = tl.load(dS_last + at, mask=inside, other=0.).to(tl.float32)
     slot, chunks = _slots(Cu, b, per, L)
     begin, end = b * 0, T + b * 0
@@ -1358,7 +1363,7 @@ def _segments(dscores, L: tl.constexpr):
 @jit
 def _chunk_out_bwd(Q, K, U, Gate, States, dStates, dY, dQ, dK, dGate, Cu, Owner, Q_at, K_at, U_at, dY_at, dQ_at, T, per,
                    H, N, P, GROUP: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """dq, dk [B, T, H, N] of each head (those of a group are summed later), dg [B, T, H]: a program a chunk and head."""
+    """dq, dk [B, T, H, N] of each head (those of a group are summed later), dg [B, T, H]: a program a chunk, head."""
     c, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_N)
     row, first, n = _spot(Cu, Owner, c, T, per, L)
@@ -1369,7 +1374,8 @@ def _chunk_out_bwd(Q, K, U, Gate, States, dStates, dY, dQ, dK, dGate, Cu, Owner,
     dacross = 0.
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        here, inside = (c.to(tl.int64) * H + h) * N * P + d[:, None] * P + p[None, :], (d < N)[:, None] & (p < P)[None, :]
+        here = (c.to(tl.int64) * H + h) * N * P + d[:, None] * P + p[None, :]
+        inside = (d < N)[:, None] & (p < P)[None, :]
         S, dS = tl.load(States + here, mask=inside, other=0.), tl.load(dStates + here, mask=inside, other=0.)
         u = _load(U, U_at, row, first, n, h, p, P, L)
         dy = _load(dY, dY_at, row, first, n, h, p, P, L)
@@ -1587,12 +1593,12 @@ class _OnKernel(torch.autograd.Function):
         dy, dlast, du = _dense(dy), dlast.contiguous(), new(P, like=v)
         dstates, dfirst = torch.empty_like(states), torch.empty_like(dlast)
         programs, tile = _tile("u_bwd", P)
-        _chunk_u_bwd[(slots, H, programs)](q, k, gate, dy, du, cu, owner, q.stride(), k.stride(), dy.stride(), du.stride(),
-                                           *sizes, **shape, **tile)
+        _chunk_u_bwd[(slots, H, programs)](q, k, gate, dy, du, cu, owner, q.stride(), k.stride(), dy.stride(),
+                                           du.stride(), *sizes, **shape, **tile)
         programs, tile = _tile("state_bwd", P)
         _chunk_state_bwd[(programs, H, len(dlast))](
-            q, k, w, gate, dy, dlast, dstates, du, dfirst, cu, q.stride(), k.stride(), None if w is None else w.stride(),
-            dy.stride(), du.stride(), dlast.stride(), *sizes, **shape, **tile)
+            q, k, w, gate, dy, dlast, dstates, du, dfirst, cu, q.stride(), k.stride(),
+            None if w is None else w.stride(), dy.stride(), du.stride(), dlast.stride(), *sizes, **shape, **tile)
         dq, dk, dgate = new(N, like=q), new(N, like=k), new(like=gate)
         _chunk_out_bwd[(slots, H)](q, k, u, gate, states, dstates, dy, dq, dk, dgate, cu, owner, q.stride(), k.stride(),
                                    u.stride(), dy.stride(), dq.stride(), *sizes, **shape, **_tile("out_bwd", P)[1])
@@ -1746,7 +1752,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
     state = x.new_zeros(n, *x.shape[2:], B.shape[3], dtype=exact) if state is None else state.to(exact)
     fixed = [A.to(exact), None if D is None else D.to(exact)]
     if on_kernel(x):
-        if cu_seqlens is not None:                                           # rows past the last offset may hold anything
+        if cu_seqlens is not None:                                           # rows past the end may hold anything
             inside = (torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None]
             x, dt = x.where(inside[..., None], 0), dt.where(inside, 0)
         y, state = _OnKernel.apply(C.to(x), B.to(x), (x * dt[..., None]).to(x.dtype), dt.to(exact) * fixed[0], None,
@@ -1841,7 +1847,8 @@ def gated_delta_step(q, k, v, decay, beta, state):
     exact = torch.promote_types(v.dtype, torch.float32)
     if on_kernel(v) and not _learns(q, k, v, decay, beta, state):
         (b, H, N), P = q.shape, v.shape[2]
-        q, k, x, decay, beta, state = (t.contiguous() for t in (q, k, v, decay.to(exact), beta.to(exact), state.to(exact)))
+        decay, beta, state = (t.to(exact) for t in (decay, beta, state))
+        q, k, x, decay, beta, state = (t.contiguous() for t in (q, k, v, decay, beta, state))
         y, end, (BLOCK_P, BLOCK_N) = torch.empty_like(x), torch.empty_like(state), _step_tile(P, N)
         _gated_delta_step[(triton.cdiv(P, BLOCK_P), b * H)](q, k, x, decay, beta, state, y, end, N, P, BLOCK_N=BLOCK_N,
                                                             BLOCK_P=BLOCK_P)
@@ -1874,8 +1881,8 @@ class RecurrentState:
 class Mixer(nn.Module):
     """x [B, T, C] → [B, T, C]: project in, convolve, mix along time, gate, project out. What the layers below share.
 
-    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest, one,
-    **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
+    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest,
+    one, **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
     """
 
     def __init__(self, C, widths, K, state_shape, bias=False, conv_bias=True):
@@ -2039,10 +2046,13 @@ def show_agreement():
     A, ones, B_, dt = s4d_init(C, N), np.ones((C, N)), normal(C, N) + 1j * normal(C, N), np.exp(rng.uniform(-6, -1, C))
     x = normal(T, C)
     y, _ = s4d_recurrence_numpy(x, A, ones, B_, dt)
-    row("S4D", convolution=apart(s4d_convolution_numpy(x, A, ones, B_, dt), y), scan=apart(s4d_scan_numpy(x, A, ones, B_, dt), y))
-    args = (normal(1, T, C), np.exp(rng.uniform(-6, 0, (1, T, C))), -np.exp(normal(C, N)), normal(1, T, N), normal(1, T, N))
+    row("S4D", convolution=apart(s4d_convolution_numpy(x, A, ones, B_, dt), y),
+        scan=apart(s4d_scan_numpy(x, A, ones, B_, dt), y))
+    args = (normal(1, T, C), np.exp(rng.uniform(-6, 0, (1, T, C))), -np.exp(normal(C, N)), normal(1, T, N),
+            normal(1, T, N))
     y, _ = selective_scan_numpy(*args)
-    row("Mamba", scan=apart(selective_scan_associative_numpy(*args)[0], y), op=apart(selective_scan(*single(*args))[0], y))
+    row("Mamba", scan=apart(selective_scan_associative_numpy(*args)[0], y),
+        op=apart(selective_scan(*single(*args))[0], y))
     args = (normal(1, T, H, P), np.exp(rng.uniform(-6, 0, (1, T, H))), -np.exp(normal(H)), normal(1, T, 1, N),
             normal(1, T, 1, N))
     y, _ = ssd_numpy(*args)
@@ -2052,7 +2062,8 @@ def show_agreement():
     args = (normal(1, T, H, N), unit(normal(1, T, H, N)), normal(1, T, H, P), -np.exp(rng.uniform(-6, 0, (1, T, H))),
             rng.random((1, T, H)))
     y, _ = gated_delta_numpy(*args)
-    row("gated delta rule", chunks=apart(gated_delta_chunked_numpy(*args)[0], y), op=apart(gated_delta(*single(*args))[0], y))
+    row("gated delta rule", chunks=apart(gated_delta_chunked_numpy(*args)[0], y),
+        op=apart(gated_delta(*single(*args))[0], y))
 
 
 WIDTH, LENGTHS = 512, (512, 2048, 8192, 16384)
@@ -2066,7 +2077,7 @@ def heads_of_each(T, heads=8, P=64):
     q, k, v = (normal(heads, P).transpose(1, 2) for _ in range(3))
     return {
         "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)),
-        "Mamba": (lambda x, dt, B, C: selective_scan(x, dt, -torch.arange(1.0, 17).expand(WIDTH, 16).contiguous(), B, C)[0],
+        "Mamba": (lambda x, dt, B, C: selective_scan(x, dt, -torch.arange(1.0, 17).repeat(WIDTH, 1), B, C)[0],
                   (normal(WIDTH), step(WIDTH), normal(16), normal(16))),
         "Mamba-2": (lambda x, dt, B, C: ssd(x, dt, -torch.ones(heads), B, C)[0],
                     (normal(heads, P), step(heads), normal(1, 64), normal(1, 64))),
@@ -2087,7 +2098,7 @@ def seconds_of(op, inputs, tries):
 
 def show_times():
     """Forward and backward over lengths, and from where the state is ahead of attention."""
-    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads (attention: torch's own)")
+    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads (attention: torch's)")
     names, times = list(heads_of_each(1)), {}
     print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
     for T in LENGTHS:
@@ -2134,15 +2145,15 @@ def show_steps():
             def go():
                 box[0] = step(box[0])[1]
             cells[name] = micros(go), h.nbytes
-        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB" for name, (t, size) in cells.items()),
-              flush=True)
+        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB"
+                                         for name, (t, size) in cells.items()), flush=True)
 
 
 # --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------
 
 def recall(rng, B, T, pairs):
-    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any order,
-    each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
+    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any
+    order, each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
     """
     tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
     for b in range(B):
@@ -2181,7 +2192,8 @@ def parity(rng, B, T, _):
 
 
 TASKS = {f"recall, {n} pairs": (recall, 4 * n, n, 129) for n in (4, 16, 32, 64)} | {
-    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18), "parity": (parity, 64, 0, 3)}
+    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18),
+    "parity": (parity, 64, 0, 3)}
 STACKS = {"attention": "aa", "Mamba-2": "ss", "gated delta": "dd", "hybrid": "sa"}
 PROBE_WIDTH, PROBE_STATE = 64, 16
 
@@ -2246,15 +2258,16 @@ def probe(minutes, out):
     known = {(row["task"], row["stack"]): row for row in done}
     seconds = 60 * minutes / (len(TASKS) * len(STACKS))
     sizes = {name: sum(w.numel() for w in Probed(letters, 129).parameters()) for name, letters in STACKS.items()}
-    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {2 * PROBE_WIDTH // 2 * PROBE_STATE} numbers; up to "
-          f"{seconds:.0f} s each; right answers on fresh rows\n{'':20}" + "".join(f"{name:>14}" for name in STACKS)
+    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {PROBE_WIDTH * PROBE_STATE} numbers; "
+          f"up to {seconds:.0f} s each; right answers on fresh rows\n{'':20}" + "".join(f"{name:>14}" for name in STACKS)
           + f"\n{'parameters':20}" + "".join(f"{size:>14,}" for size in sizes.values()), flush=True)
     for task in TASKS:
         print(f"{task:20}", end="", flush=True)
         for name, letters in STACKS.items():
             if (task, name) not in known:
                 say = lambda p, loss, right: sys.stderr.isatty() and print(
-                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr, flush=True)
+                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr,
+                    flush=True)
                 right, steps = train_probe(task, letters, seconds, say)
                 known[task, name] = dict(task=task, stack=name, right=right, steps=steps, seconds=round(seconds, 1))
                 beside = notes.with_suffix(".new")
@@ -2272,7 +2285,8 @@ def draw_probe(known, path):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for i, name in enumerate(STACKS):
-        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, [100 * known[task, name]["right"] for task in TASKS], 0.18, label=name)
+        shares = [100 * known[task, name]["right"] for task in TASKS]
+        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, shares, 0.18, label=name)
         axis.bar_label(bars, fmt="%.0f", fontsize=6)
     axis.set_xticks(np.arange(len(TASKS)) + 0.3, list(TASKS), rotation=20, fontsize=8)
     axis.set(ylabel="right answers, %", ylim=(0, 112))
@@ -2283,9 +2297,9 @@ def draw_probe(known, path):
 
 
 def main(argv=None):
-    """Show that all forms agree, where a state overtakes attention, and what a token costs; or probe what it remembers."""
+    """Show that all forms agree, where a state overtakes attention, what a token costs; or probe what it remembers."""
     p = argparse.ArgumentParser(prog="ssm.py", description=main.__doc__)
-    p.add_argument("--probe", action="store_true", help="recall, copying, induction and parity, for four stacks of layers")
+    p.add_argument("--probe", action="store_true", help="recall, copying, induction and parity, for four stacks")
     p.add_argument("--minutes", type=float, default=20.0, help="for --probe, at most (%(default)g)")
     p.add_argument("--out", default="probe", help="folder for --probe: its results, to go on with (%(default)s)")
     args = p.parse_args(argv)

@@ -10,7 +10,7 @@
     S4D                [C, N]          exp(Δ A), complex, diagonal    nothing: so it is a convolution, too
     Mamba              [C, N]          exp(Δ_t A), real, diagonal     Δ, B, C: it can choose what to keep
     Mamba-2            [H, P, N]       exp(Δ_t A), one number a head  the same; it becomes products of matrices
-    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what it has under a key
+    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what stands at a key
 
     A continuous system h' = A h + B x becomes steps of Δ: by ZOH (x held constant within a step) Ā = exp(Δ A) and
     B̄ = A⁻¹ (exp(Δ A) − 1) B; S4D does so. Mamba and Mamba-2 take the simpler B̄ = Δ B.
@@ -44,14 +44,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq, swiglu,
-                       tl, triton)
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq,
+                       swiglu, tl, triton)
 
 
 # --- 1. S4D: one model, three views -----------------------------------------------------------------------------------
 
 def hippo_legs(N):
-    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: the state is the input so far in Legendre polynomials."""
+    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: a state that is the past in Legendre polynomials."""
     n = np.arange(N)
     root = np.sqrt(2 * n + 1)
     A = -np.where(n[:, None] > n, root[:, None] * root, np.diag(n + 1.0))
@@ -113,7 +113,7 @@ def s4d_convolution_numpy(x, A, B, C, dt):
     T = len(x)
     A_bar, B_bar = discretize(A, B, dt)
     kernel = 2 * np.einsum("cn,cnt->tc", C * B_bar, A_bar[..., None] ** np.arange(T)).real
-    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing comes round
+    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing wraps
     return np.fft.irfft(spectrum, 2 * T, axis=0)[:T]
 
 
@@ -122,7 +122,7 @@ def s4d_scan_numpy(x, A, B, C, dt):
     A_bar, B_bar = discretize(A, B, dt)
     a, b = np.broadcast_to(A_bar, (len(x), *A.shape)).copy(), B_bar * x[..., None]
     shift = 1
-    while shift < len(x):                                                    # after round r each holds its last 2^r steps
+    while shift < len(x):                                                    # after round r each holds 2^r steps
         a[shift:], b[shift:] = a[shift:] * a[:-shift], a[shift:] * b[:-shift] + b[shift:]
         shift *= 2
     return 2 * (C * b).sum(-1).real
@@ -202,7 +202,8 @@ def _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K: tl.constexpr, mask):
 
 
 @jit
-def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr,
+                       BLOCK_C: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     first = tl.load(FIRST + t, mask=t < N, other=0)                          # where the token's own sequence begins
@@ -257,8 +258,8 @@ class _CausalConv1d(torch.autograd.Function):
         rows = x.reshape(B * T, C) if x.stride(-1) == 1 else x.contiguous().view(B * T, C)
         places, y = _places(cu_seqlens, B, T, x.device), x.new_empty(B, T, C)
         grid = triton.cdiv(B * T, 32), triton.cdiv(C, 64)
-        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K, BLOCK_T=32,
-                                 BLOCK_C=64)
+        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K,
+                                 BLOCK_T=32, BLOCK_C=64)
         if cu_seqlens is not None:
             y[0, int(cu_seqlens[-1]):] = 0
         ctx.save_for_backward(rows, w, bias, state, cu_seqlens, *places)
@@ -273,8 +274,8 @@ class _CausalConv1d(torch.autograd.Function):
         dy, tiles = dy.contiguous(), triton.cdiv(B * T, 32)
         dx, dw, dbias = dy.new_empty(B, T, C), w.new_empty(tiles, C, K, dtype=torch.float32), torch.empty(
             tiles, C, device=dy.device)
-        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T, C,
-                                                      rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
+        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T,
+                                                      C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
         return (dx, dw.sum(0).to(w.dtype), None if bias is None else dbias.sum(0).to(bias.dtype),
                 None if state is None else _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T), None)
 
@@ -322,8 +323,8 @@ def _tails(x, state, cu_seqlens, B, T, K):
 def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     """Each channel convolved with its last K inputs, then SiLU: x [B, T, C], w [C, K], bias [C] → (y as x, state).
 
-    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable, the
-    state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
+    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable,
+    the state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
     """
     if x.ndim != 3 or w.ndim != 2 or len(w) != x.shape[2] or bias is not None and bias.shape != w.shape[:1]:
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, w {tuple(w.shape)}, bias "
@@ -361,8 +362,8 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
 def causal_conv1d_step(x, w, bias=None, state=None):
     """One token of each sequence: x [B, C], state [B, C, K − 1] → (y [B, C], state)."""
     if state is None or x.ndim != 2 or state.shape != (*x.shape, w.shape[1] - 1):
-        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state {None if state is None else tuple(state.shape)} "
-                         f"must be [B, C] and [B, C, {w.shape[1] - 1}]")
+        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state "
+                         f"{None if state is None else tuple(state.shape)} must be [B, C] and [B, C, {w.shape[1] - 1}]")
     line = torch.cat([state.to(x.dtype), x[:, :, None]], dim=2)
     z = (line * w).sum(-1)
     return F.silu(z if bias is None else z + bias), line[:, :, 1:]
@@ -404,7 +405,8 @@ def selective_scan_associative_numpy(x, dt, A, B, C, D=None, state=None):
 def selective_scan_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, *, grad):
     """grad (dy, dstate) → dx, ddt, dA, dB, dC, and dD, dstate where they were given."""
     if cu_seqlens is not None:
-        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens, grad)
+        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens,
+                                    grad)
     dy, g = grad
     h = [np.zeros((x.shape[0], *A.shape), x.dtype) if state is None else state]
     for t in range(x.shape[1]):
@@ -437,7 +439,7 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
         h = tl.load(S + seq * CHANNELS * N + place, mask=mask, other=0.).to(tl.float32)
     first, last = tl.load(CU + seq).to(tl.int64), tl.load(CU + seq + 1).to(tl.int64)
     for t in range(first, last):
-        if (t - first) % CHUNK == 0:                                         # kept for the backward pass: the state before
+        if (t - first) % CHUNK == 0:                                         # for the backward pass: the state before
             tl.store(HELD + (t // CHUNK + seq) * CHANNELS * N + place, h, mask=mask)                 # each chunk
         x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
         dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -452,8 +454,8 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
 
 
 @jit
-def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N, CHUNK,
-                        BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N,
+                        CHUNK, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     seq, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c, n = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     mask = (c < CHANNELS)[:, None] & (n < N)[None, :]
@@ -468,7 +470,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
         start = first + (chunks - 1 - back) * CHUNK
         stop = tl.minimum(start + CHUNK, last)
         h = tl.load(HELD + (start // CHUNK + seq) * CHANNELS * N + place, mask=mask, other=0.)
-        for t in range(start, stop):                                         # the chunk's states anew, each before its t
+        for t in range(start, stop):                                         # the chunk's states anew, before each t
             tl.store(ROOM + (seq * CHUNK + t - start) * CHANNELS * N + place, h, mask=mask)
             x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -485,8 +487,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             a = tl.exp(dt[:, None] * a_log)
             h = a * before + (dt * x)[:, None] * b[None, :]
             g += r[None, :] * dy[:, None]
-            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed over groups
-            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # later: no atomics
+            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed later over
+            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # groups: no atomics
             du = tl.sum(g * b[None, :], 1)
             da = a * g * before
             dx = du * dt
@@ -530,8 +532,8 @@ class _ScanKernel(torch.autograd.Function):
         dA, dS, dD = new(sequences, channels, N), new(sequences, channels, N), new(sequences, channels)
         dB, dC = new(groups, T, N), new(groups, T, N)
         _selective_scan_bwd[sequences, groups](
-            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T, channels,
-            N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
+            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T,
+            channels, N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
         return (dx, ddt, dA.sum(0).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
                 None if D is None else dD.sum(0).to(D.dtype), None if state is None else dS.to(state.dtype), None)
 
@@ -555,7 +557,7 @@ def _unfold(x, T):
 
 
 def _carry_on(fade, own, entering):
-    """Pieces one after the other: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
+    """Pieces in a row: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
     each = []
     for f, o in zip(fade.unbind(1), own.unbind(1)):
         each.append(entering)
@@ -657,8 +659,8 @@ def _check_scan(op, x, dt, A, B, C, D, state, sequences):
 
 
 def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
-    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] → (y as
-    x, state [B, C, N] float32).
+    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] →
+    (y as x, state [B, C, N] float32).
 
     state: before the first token (None: zeros), and after the last; differentiable, too. Packed: `cu_seqlens`
     [sequences + 1], B = 1, a state for each sequence. ValueError for shapes that do not fit, and on a CPU for signs.
@@ -673,7 +675,8 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     if on_kernel(x):
         cu = torch.arange(rows + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens
         flat = [a.flatten(0, 1).contiguous() for a in (x, dt, B, C)]
-        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, None if state is None else state.contiguous(), cu)
+        before = None if state is None else state.contiguous()
+        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, before, cu)
         return y.view(x.shape), after
     wide = torch.promote_types(torch.float32, kind)
     x, dt, A, B, C, D = (a if a is None else a.to(wide) for a in (x, dt, A, B, C, D))

@@ -14,10 +14,13 @@ def show_agreement():
     A, ones, B_, dt = s4d_init(C, N), np.ones((C, N)), normal(C, N) + 1j * normal(C, N), np.exp(rng.uniform(-6, -1, C))
     x = normal(T, C)
     y, _ = s4d_recurrence_numpy(x, A, ones, B_, dt)
-    row("S4D", convolution=apart(s4d_convolution_numpy(x, A, ones, B_, dt), y), scan=apart(s4d_scan_numpy(x, A, ones, B_, dt), y))
-    args = (normal(1, T, C), np.exp(rng.uniform(-6, 0, (1, T, C))), -np.exp(normal(C, N)), normal(1, T, N), normal(1, T, N))
+    row("S4D", convolution=apart(s4d_convolution_numpy(x, A, ones, B_, dt), y),
+        scan=apart(s4d_scan_numpy(x, A, ones, B_, dt), y))
+    args = (normal(1, T, C), np.exp(rng.uniform(-6, 0, (1, T, C))), -np.exp(normal(C, N)), normal(1, T, N),
+            normal(1, T, N))
     y, _ = selective_scan_numpy(*args)
-    row("Mamba", scan=apart(selective_scan_associative_numpy(*args)[0], y), op=apart(selective_scan(*single(*args))[0], y))
+    row("Mamba", scan=apart(selective_scan_associative_numpy(*args)[0], y),
+        op=apart(selective_scan(*single(*args))[0], y))
     args = (normal(1, T, H, P), np.exp(rng.uniform(-6, 0, (1, T, H))), -np.exp(normal(H)), normal(1, T, 1, N),
             normal(1, T, 1, N))
     y, _ = ssd_numpy(*args)
@@ -27,7 +30,8 @@ def show_agreement():
     args = (normal(1, T, H, N), unit(normal(1, T, H, N)), normal(1, T, H, P), -np.exp(rng.uniform(-6, 0, (1, T, H))),
             rng.random((1, T, H)))
     y, _ = gated_delta_numpy(*args)
-    row("gated delta rule", chunks=apart(gated_delta_chunked_numpy(*args)[0], y), op=apart(gated_delta(*single(*args))[0], y))
+    row("gated delta rule", chunks=apart(gated_delta_chunked_numpy(*args)[0], y),
+        op=apart(gated_delta(*single(*args))[0], y))
 
 
 WIDTH, LENGTHS = 512, (512, 2048, 8192, 16384)
@@ -41,7 +45,7 @@ def heads_of_each(T, heads=8, P=64):
     q, k, v = (normal(heads, P).transpose(1, 2) for _ in range(3))
     return {
         "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)),
-        "Mamba": (lambda x, dt, B, C: selective_scan(x, dt, -torch.arange(1.0, 17).expand(WIDTH, 16).contiguous(), B, C)[0],
+        "Mamba": (lambda x, dt, B, C: selective_scan(x, dt, -torch.arange(1.0, 17).repeat(WIDTH, 1), B, C)[0],
                   (normal(WIDTH), step(WIDTH), normal(16), normal(16))),
         "Mamba-2": (lambda x, dt, B, C: ssd(x, dt, -torch.ones(heads), B, C)[0],
                     (normal(heads, P), step(heads), normal(1, 64), normal(1, 64))),
@@ -62,7 +66,7 @@ def seconds_of(op, inputs, tries):
 
 def show_times():
     """Forward and backward over lengths, and from where the state is ahead of attention."""
-    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads (attention: torch's own)")
+    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads (attention: torch's)")
     names, times = list(heads_of_each(1)), {}
     print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
     for T in LENGTHS:
@@ -109,15 +113,15 @@ def show_steps():
             def go():
                 box[0] = step(box[0])[1]
             cells[name] = micros(go), h.nbytes
-        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB" for name, (t, size) in cells.items()),
-              flush=True)
+        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB"
+                                         for name, (t, size) in cells.items()), flush=True)
 
 
 # --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------
 
 def recall(rng, B, T, pairs):
-    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any order,
-    each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
+    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any
+    order, each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
     """
     tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
     for b in range(B):
@@ -156,7 +160,8 @@ def parity(rng, B, T, _):
 
 
 TASKS = {f"recall, {n} pairs": (recall, 4 * n, n, 129) for n in (4, 16, 32, 64)} | {
-    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18), "parity": (parity, 64, 0, 3)}
+    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18),
+    "parity": (parity, 64, 0, 3)}
 STACKS = {"attention": "aa", "Mamba-2": "ss", "gated delta": "dd", "hybrid": "sa"}
 PROBE_WIDTH, PROBE_STATE = 64, 16
 
@@ -221,15 +226,16 @@ def probe(minutes, out):
     known = {(row["task"], row["stack"]): row for row in done}
     seconds = 60 * minutes / (len(TASKS) * len(STACKS))
     sizes = {name: sum(w.numel() for w in Probed(letters, 129).parameters()) for name, letters in STACKS.items()}
-    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {2 * PROBE_WIDTH // 2 * PROBE_STATE} numbers; up to "
-          f"{seconds:.0f} s each; right answers on fresh rows\n{'':20}" + "".join(f"{name:>14}" for name in STACKS)
+    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {PROBE_WIDTH * PROBE_STATE} numbers; "
+          f"up to {seconds:.0f} s each; right answers on fresh rows\n{'':20}" + "".join(f"{name:>14}" for name in STACKS)
           + f"\n{'parameters':20}" + "".join(f"{size:>14,}" for size in sizes.values()), flush=True)
     for task in TASKS:
         print(f"{task:20}", end="", flush=True)
         for name, letters in STACKS.items():
             if (task, name) not in known:
                 say = lambda p, loss, right: sys.stderr.isatty() and print(
-                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr, flush=True)
+                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr,
+                    flush=True)
                 right, steps = train_probe(task, letters, seconds, say)
                 known[task, name] = dict(task=task, stack=name, right=right, steps=steps, seconds=round(seconds, 1))
                 beside = notes.with_suffix(".new")
@@ -247,7 +253,8 @@ def draw_probe(known, path):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for i, name in enumerate(STACKS):
-        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, [100 * known[task, name]["right"] for task in TASKS], 0.18, label=name)
+        shares = [100 * known[task, name]["right"] for task in TASKS]
+        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, shares, 0.18, label=name)
         axis.bar_label(bars, fmt="%.0f", fontsize=6)
     axis.set_xticks(np.arange(len(TASKS)) + 0.3, list(TASKS), rotation=20, fontsize=8)
     axis.set(ylabel="right answers, %", ylim=(0, 112))
@@ -258,9 +265,9 @@ def draw_probe(known, path):
 
 
 def main(argv=None):
-    """Show that all forms agree, where a state overtakes attention, and what a token costs; or probe what it remembers."""
+    """Show that all forms agree, where a state overtakes attention, what a token costs; or probe what it remembers."""
     p = argparse.ArgumentParser(prog="ssm.py", description=main.__doc__)
-    p.add_argument("--probe", action="store_true", help="recall, copying, induction and parity, for four stacks of layers")
+    p.add_argument("--probe", action="store_true", help="recall, copying, induction and parity, for four stacks")
     p.add_argument("--minutes", type=float, default=20.0, help="for --probe, at most (%(default)g)")
     p.add_argument("--out", default="probe", help="folder for --probe: its results, to go on with (%(default)s)")
     args = p.parse_args(argv)

@@ -19,8 +19,8 @@ class RecurrentState:
 class Mixer(nn.Module):
     """x [B, T, C] → [B, T, C]: project in, convolve, mix along time, gate, project out. What the layers below share.
 
-    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest, one,
-    **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
+    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest,
+    one, **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
     """
 
     def __init__(self, C, widths, K, state_shape, bias=False, conv_bias=True):

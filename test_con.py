@@ -12,7 +12,8 @@ SCHEMAS = [
     {"type": "object", "properties": {"z": {"type": "string", "maxLength": 8}, "a": {"type": "integer"}},
      "required": ["z", "a"], "additionalProperties": False},
     {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1, "maxProperties": 3},
-    {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer"}}, "required": ["kind"]},
+    {"type": "object", "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer"}},
+     "required": ["kind"]},
     {"anyOf": [{"type": "string", "pattern": "^[a-z]{2,5}$"}, {"type": "array", "items": {"type": "null"}}]},
     {"type": "string", "format": "date"}, {"type": "string", "format": "uuid"}, {"type": "string", "minLength": 3},
     {"type": "string", "pattern": "^hello\\!$"}, {"allOf": [{"type": "integer"}, {"minimum": 5}]},
@@ -23,8 +24,7 @@ SCHEMAS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, dict(draft="ngram"), dict(draft="self", max_num_batched_tokens=5, num_blocks=40)],
-                         ids=str)
+@pytest.mark.parametrize("options", [{}, dict(draft="ngram", max_num_batched_tokens=5, num_blocks=40)], ids=str)
 def test_a_text_is_json_of_its_schema_or_cut_by_its_length(trained, options):
     jsonschema = pytest.importorskip("jsonschema")
     m = infer.LLM(trained, **options)
@@ -52,7 +52,8 @@ def test_properties_come_in_the_order_of_the_schema_and_escapes_are_whole(traine
     m = infer.LLM(trained)
     matcher = lambda schema: infer.Constraints(m.tokenizer, m.eos_ids, m.model.config.vocab).matcher(
         infer.Sampling(json_schema=schema))
-    takes = lambda schema, text: matcher(schema).try_consume_tokens(m.tokenizer.encode(text)) == len(m.tokenizer.encode(text))
+    ids = m.tokenizer.encode
+    takes = lambda schema, text: matcher(schema).try_consume_tokens(ids(text)) == len(ids(text))
     assert takes(json.dumps(SCHEMAS[10]), '{"z": "",\n  "a": 1}') and not takes(SCHEMAS[10], '{"a": 1')
     assert not takes(SCHEMAS[10], '{"z":  ""') and not takes(SCHEMAS[10], '{"z": "", "a": 1} ')
     assert takes({"type": "string"}, '"can\\u0007t"') and not takes({"type": "string"}, '"can\\u27t"')
@@ -61,7 +62,8 @@ def test_properties_come_in_the_order_of_the_schema_and_escapes_are_whole(traine
 @pytest.mark.parametrize("regex", ["[a-z]+ [0-9]{2}", "(yes|no)", "a*", "\\d{3}-\\d{4}", "[^a]{5}", "é+🙂"])
 def test_a_text_matches_its_regular_expression_whole(trained, regex):
     m = infer.LLM(trained)
-    for r in m.generate(["x"] * 6, max_tokens=30, regex=regex, seed=list(range(6)), temperature=[0.0, 1, 1, 1.5, 1.5, 1]):
+    for r in m.generate(["x"] * 6, max_tokens=30, regex=regex, seed=list(range(6)),
+                        temperature=[0.0, 1, 1, 1.5, 1.5, 1]):
         assert r.finish_reason == "length" or re.fullmatch(regex, r.text, re.DOTALL), r.text
         assert r.tokens[-1] not in m.eos_ids or r.finish_reason == "stop"
 
@@ -78,7 +80,8 @@ def test_constraints_keep_raw_log_probabilities_and_end_at_what_cannot_go_on(tra
 @pytest.mark.parametrize("arguments, said", [
     (dict(regex="(", json_schema=True), "regex.*json_schema"), (dict(regex="("), "regex.*unclosed"),
     (dict(regex="a(?=b)"), "regex.*look"), (dict(json_schema=False), "json_schema.*false"),
-    (dict(json_schema={"enum": []}), "json_schema"), (dict(json_schema={"not": {"type": "string"}}), 'json_schema.*"not"'),
+    (dict(json_schema={"enum": []}), "json_schema"),
+    (dict(json_schema={"not": {"type": "string"}}), 'json_schema.*"not"'),
     (dict(json_schema={"not": {}, "x-guidance": {"lenient": True}}), "json_schema.*not"),
     (dict(json_schema={"type": "array", "uniqueItems": True}), "json_schema.*uniqueItems"),
     (dict(json_schema={"type": "integer", "minimum": 5, "maximum": 3}), "json_schema.*minimum"),

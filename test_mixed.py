@@ -33,8 +33,8 @@ def test_any_stack_serves_the_same_text_batched_chunked_preempted_and_from_the_p
     one = [plain.generate(p, max_tokens=20, ignore_eos=True, **s)[0] for p, s in MIXED]
     tokens = [[r.tokens for r in (result if isinstance(result, list) else [result])] for result in one]
     assert plain.model.config.layers == layers and len({tuple(t[0]) for t in tokens}) > 3
-    for options in ({}, dict(max_num_batched_tokens=1), dict(max_num_batched_tokens=7, block_size=4), dict(max_num_seqs=3),
-                    dict(num_blocks=12, max_num_batched_tokens=5, block_size=8), dict(block_size=1)):
+    for options in ({}, dict(max_num_batched_tokens=1), dict(max_num_batched_tokens=7, block_size=4),
+                    dict(num_blocks=12, max_num_batched_tokens=5, block_size=8, max_num_seqs=3)):
         m = infer.LLM(folder, **options)
         for _ in range(2):
             requests = [m.add(p, max_tokens=20, ignore_eos=True, **s) for p, s in MIXED]
@@ -174,7 +174,8 @@ def test_any_stack_trains_resumes_to_the_bit_and_is_served(corpus, layers, tmp_p
 
 @pytest.mark.parametrize("layers", ["sa", "Ad"])
 def test_a_stack_that_was_stopped_goes_on_as_if_it_had_not_been(corpus, layers, tmp_path):
-    flags = ["--data", corpus, "--layers", layers, "--dim", 64, "--context", 32, "--batch", 4, "--vocab", 400, "--steps", 8]
+    flags = ["--data", corpus, "--layers", layers, "--dim", 64, "--context", 32, "--batch", 4, "--vocab", 400,
+             "--steps", 8]
     assert run(train, *flags, "--out", tmp_path / "whole")[0] == 0
     before, train.Stop.code = train.Stop.__init__, None
 
@@ -193,7 +194,8 @@ def test_a_stack_that_was_stopped_goes_on_as_if_it_had_not_been(corpus, layers, 
 
 @pytest.mark.parametrize("flags, said", [
     (["--layers", "axa"], "--layers axa"), (["--capacity", "0.5"], "--capacity 0.5"),
-    (["--layers", "aA", "--capacity", "1.5"], "--capacity 1.5"), (["--layers", "aa", "--routing", "topk"], "--routing topk")])
+    (["--layers", "aA", "--capacity", "1.5"], "--capacity 1.5"),
+    (["--layers", "aa", "--routing", "topk"], "--routing topk")])
 def test_bad_layers_are_one_clear_line(flags, said, corpus, tmp_path):
     code, _, err = run(train, "--data", corpus, "--steps", 2, "--out", tmp_path, *flags)
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1

@@ -45,7 +45,8 @@ def test_the_expert_that_does_nothing_and_the_threshold():
     y = M.no_op_expert_numpy(x, w, [np.tanh, lambda x: x], 0.25)
     assert 5 <= (y != x).any(1).sum() <= 10
     w[:, 2] = 0
-    far = M.no_op_expert_numpy(x, np.concatenate([w[:, :2] * 0 - 50 * np.sign(x[:1].T), w[:, 2:]], 1), [np.tanh] * 2, 0.25)
+    away = np.concatenate([w[:, :2] * 0 - 50 * np.sign(x[:1].T), w[:, 2:]], 1)
+    far = M.no_op_expert_numpy(x, away, [np.tanh] * 2, 0.25)
     assert np.abs(far[0] - x[0]).max() < 1e-6                                # all weight on doing nothing
     bar = None
     for _ in range(200):

@@ -614,7 +614,7 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     mixers: dict = field(default_factory=dict)                               # letter → what its layer is built with
-    capacity: float = 0.125                                                  # of routed blocks, those of capital letters
+    capacity: float = 0.125                                                  # of routed blocks, the capital letters
     routing: str = "topk"
     eos_ids: list = field(default_factory=list)
     raw: dict = field(default_factory=dict)
@@ -635,15 +635,15 @@ def our_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, capacity=0
         kinds = set(layers.lower())
         raw.update({key: value for letter, key, value in (
             ("s", "mamba2", mamba2_sizes(dim)), ("m", "mamba", dict(expand=2, state_size=16, conv_kernel=4)),
-            ("d", "gated_delta", dict(num_heads=heads, head_k_dim=dim // heads, head_v_dim=dim // heads, conv_kernel=4)))
-            if letter in kinds})
+            ("d", "gated_delta", dict(num_heads=heads, head_k_dim=dim // heads, head_v_dim=dim // heads,
+                                      conv_kernel=4))) if letter in kinds})
         if layers != layers.lower():
             raw.update(capacity=capacity, routing=routing)
     return raw
 
 
 def mamba2_sizes(dim):
-    """A Mamba-2 layer of ours: twice as wide inside, heads of 64 channels (fewer where they do not divide), one group."""
+    """A Mamba-2 layer of ours: twice as wide inside, heads of 64 channels or what of 64 divides them, one group."""
     head_dim = math.gcd(2 * dim, 64)
     return dict(num_heads=2 * dim // head_dim, head_dim=head_dim, state_size=64, n_groups=1, conv_kernel=4)
 
@@ -719,7 +719,8 @@ def parse_config(raw, generation=None):
         refuse("head_dim", "rotary needs an even head size")
     layers = raw.get("layers", "a" * n)
     kinds = KNOWN if kind == "twin" else "a"
-    if not isinstance(layers, str) or len(layers) != n or set(layers.lower() if kind == "twin" else layers) - set(kinds):
+    letters = str(layers).lower() if kind == "twin" else layers
+    if not isinstance(layers, str) or len(layers) != n or set(letters) - set(kinds):
         refuse("layers", f"{n} blocks of kind {' '.join(kinds)} are known")
 
     window = raw.get("sliding_window", 4096 if defaults["windowed"] or kind == "mistral" else None)
@@ -738,7 +739,8 @@ def parse_config(raw, generation=None):
         eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=defaults["qk_norm"], qkv_bias=bias or kind == "qwen2", out_bias=bias,
         mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), mixers=parse_mixers(raw, layers, dim),
-        capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation), raw=raw)
+        capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation),
+        raw=raw)
 
 
 def end_ids(raw, generation):
@@ -789,8 +791,8 @@ def parse_mamba2(raw, generation):
                  bias=c["use_bias"], conv_bias=c["use_conv_bias"], eps=c["layer_norm_epsilon"],
                  dt_limit=tuple(map(float, c["time_step_limit"])))
     return Config(
-        model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0, hidden=0,
-        vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
+        model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0,
+        hidden=0, vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
         inv_freq=torch.zeros(0), eps=c["layer_norm_epsilon"], tied=bool(raw.get("tie_word_embeddings", False)),
         mixers=dict(s=mixer), eos_ids=end_ids(raw, generation), raw=raw)
 
@@ -859,12 +861,13 @@ def make_block(c, letter, window, rotary):
     if letter.isupper():
         return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.capacity, c.routing, c.dim)
     if letter == "a":
-        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps,
-                          attend)
+        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window,
+                          c.eps, attend)
     else:
         mixer = dict(s=Mamba2, m=Mamba, d=GatedDelta)[letter](c.dim, **c.mixers[letter])
-    return Block(mixer, MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) if letter in "ad" else MixerBlock(mixer, c.dim,
-                                                                                                          c.eps)
+    if letter in "ad":
+        return Block(mixer, MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps)
+    return MixerBlock(mixer, c.dim, c.eps)
 
 
 def parts(block):
@@ -881,7 +884,7 @@ class Model(nn.Module):
         c = self.config = config
         rotary = Rotary(c.inv_freq, c.rotary_factor)
         self.embed = nn.Embedding(c.vocab, c.dim)
-        self.blocks = nn.ModuleList(make_block(c, letter, window, rotary) for letter, window in zip(c.layers, c.windows))
+        self.blocks = nn.ModuleList(make_block(c, *kind, rotary) for kind in zip(c.layers, c.windows))
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
         self.recompute = False                                               # of a block, keep its input alone
@@ -1129,7 +1132,7 @@ def replacing(path):
 
 
 def strict(value):
-    """A value of config.json with what JSON lacks, infinity, written as transformers does: the reverse of `read_json`."""
+    """A value of config.json with what JSON lacks, infinity, written as transformers does: `read_json` in reverse."""
     if isinstance(value, dict):
         return {key: strict(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1927,8 +1930,8 @@ def arguments():
     p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
     p.add_argument("--passes", type=positive(float),
                    help=f"with --minutes: end after reading the text that many times ({PASSES:g})")
-    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP, s = Mamba-2, m = Mamba, "
-                   "d = gated delta rule + MLP; a capital routes its block by Mixture of Depths (by the budget)")
+    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP, s = Mamba-2, m = "
+                   "Mamba, d = gated delta rule + MLP; a capital routes its block by Mixture of Depths (by the budget)")
     p.add_argument("--capacity", type=positive(float), help="share of the tokens that a routed block takes (0.125)")
     p.add_argument("--routing", choices=["topk", "threshold"],
                    help=f"what a routed block trains with: the best of each window, or all above a bar ({ROUTING})")
