@@ -1755,14 +1755,15 @@ class Job:
             raise Refused(400, where + message, param=name if name in settings else self.PROMPT,
                           code="context_length_exceeded" if "exceed" in message else None) from None
 
-    def post(self, choice):
+    def post(self, choice, now):
         """In the engine's thread: a text has grown or ended → whether the loop is to be woken for it."""
-        done, now = choice.request.finish_reason, time.perf_counter()
-        if not done and (not self.stream or now < choice.due):
-            return False
-        choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS  # many: more tokens an event
-        self.news.append((choice, choice.request.news() if self.stream else "", choice.made, done))
-        return True
+        end = choice.request.finish_reason
+        choice.due = math.inf                                                # a whole reply is told at its end; of many
+        if self.stream:                                                      # streams each takes more tokens an event
+            choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS
+        if end or self.stream:
+            self.news.append((choice, choice.request.news() if self.stream else "", choice.made, end))
+        return bool(end or self.stream)
 
     async def answer(self, send):
         """In the event loop: tell the texts, as they grow or when all have ended."""
@@ -2076,11 +2077,15 @@ class Service:
 
     def deliver(self, requests):
         """Post what is new, and wake the loops that wait for it: once a step, not once a text."""
-        woken = {}                                                           # loop → jobs
+        woken, now = {}, time.perf_counter()                                 # woken: loop → jobs
         for r in requests:
-            choice = self.active.pop(r) if r.finish_reason else self.active[r]
-            self.metrics.note(choice)
-            if choice.job.post(choice):
+            choice = self.active[r]
+            if not r.finish_reason and now < choice.due:
+                continue
+            if r.finish_reason:
+                del self.active[r]
+            self.metrics.note(choice, now)
+            if choice.job.post(choice, now):
                 woken.setdefault(choice.job.loop, {})[choice.job] = None
         for loop, jobs in woken.items():
             with contextlib.suppress(RuntimeError):                          # a loop that is closed waits for nothing
@@ -2107,9 +2112,9 @@ class Metrics:
         self.counts = Counter()
         self.registry.register(self)
 
-    def note(self, choice):
+    def note(self, choice, now):
         """A text has grown or ended."""
-        r, now, since = choice.request, time.perf_counter(), choice.job.arrived
+        r, since = choice.request, choice.job.arrived
         self.counts["generation_tokens"] += choice.made - choice.counted
         choice.counted = choice.made
         if choice.began is None and choice.made:
