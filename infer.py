@@ -1531,12 +1531,12 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
 # worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
 # orders from a queue, steps, and hands to the loop what is new.
 
-BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes at most; time for a head, for a body
-LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, characters of each
+BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes; seconds for a head, a body
+LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, their length
 EVENTS = 250                                                                 # a second over all streams, about
 NUMBER = (int, float)
-SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1), "top_k": (int, -1, 2 ** 63),
-            "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
+SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1),
+            "top_k": (int, -1, 2 ** 63), "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
             "frequency_penalty": (NUMBER, -2, 2), "seed": (int, -2 ** 63, 2 ** 64), "n": (int, 1, 2 ** 63)}
 NOT_HERE = ("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
             "web_search_options", "suffix")                                  # fields that ask for what is not done here
@@ -1591,7 +1591,8 @@ async def read_body(scope, receive, keep=True):
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", headers={"connection": "close"}) from None
+        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", None, None,
+                      {"connection": "close"}) from None
     if keep and max(size, declared) > BODY:
         raise Refused(413, f"the body is longer than {BODY} bytes", headers={"connection": "close"})
     return b"".join(parts) if keep else None
@@ -1784,8 +1785,7 @@ class Job:
             if failed := self.failure():
                 if not self.stream:
                     raise failed
-                await send({"type": "http.response.body", "body": b"data: " + json.dumps(failed.error).encode() + b"\n\n"})
-                return
+                return await self.write(send, [failed.error], more=False)
             if self.stream:
                 await self.write(send, [told for c, (text, made, end) in fresh.items()
                                         if (told := self.piece(c, text, made, end))])
@@ -1851,7 +1851,8 @@ class Completion(Job):
         self.echo = fields.take("echo", bool, False)
         best = fields.take("best_of", int, settings["n"], 1, 2 ** 63)
         if best != settings["n"]:
-            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n", param="best_of")
+            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n",
+                          param="best_of")
         settings["logprobs"] = fields.take("logprobs", int, None, 0, LIKELY)
         if self.echo and settings["logprobs"] is not None:
             settings["prompt_logprobs"] = settings["logprobs"]
@@ -2022,7 +2023,7 @@ class Service:
             self.arriving -= 1
 
     def busy(self):
-        return Refused(429, f"{self.texts} texts are in the making and waiting, of at most {self.most}: try again later",
+        return Refused(429, f"{self.texts} texts are in the making or wait, of {self.most} at most: try again later",
                        code="rate_limit_exceeded", headers={"retry-after": "1"})
 
     def submit(self, job):
@@ -2203,7 +2204,8 @@ def tokenize(service, body):
         if (text := fields.take("prompt", str)) is None:
             raise Refused(400, "prompt must be a string", param="prompt")
         try:
-            ids = (tokenizer.start_ids if fields.take("add_special_tokens", bool, True) else []) + tokenizer.encode(text)
+            ids = tokenizer.encode(text)
+            ids = tokenizer.start_ids + ids if fields.take("add_special_tokens", bool, True) else ids
         except ValueError as error:
             raise Refused(400, str(error), param="prompt") from None
     strings = [service.spelled(i) for i in ids] if fields.take("return_token_strs", bool, False) else None
@@ -2266,7 +2268,7 @@ class Gate:
             await self.enter(scope, receive, noted)
         except Gone:
             pass
-        except Exception as error:                                           # ours to mend: told in full here, not there
+        except Exception as error:                                           # ours to mend: told here, not there
             self.log("".join(traceback.format_exception(error)).rstrip())
         finally:
             job = scope.get("job")
@@ -2282,7 +2284,8 @@ class Gate:
                                                 "access-control-allow-headers": wanted.decode("latin-1"),
                                                 "access-control-max-age": "86400"})
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if self.key and scope["path"] not in self.OPEN and not (scheme.lower() == b"bearer" and self.fits(given.strip())):
+        fits = not self.key or scheme.lower() == b"bearer" and self.fits(given.strip())
+        if not fits and scope["path"] not in self.OPEN:
             await read_body(scope, receive, keep=False)
             return await Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})(scope, receive, send)
@@ -2295,7 +2298,7 @@ def application(service, key=None, log=print):
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     page = (Path(__file__).parent / "assets" / "page.html").read_bytes()
-    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin", root=str(service.llm.folder),
+    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin",
                 max_model_len=service.llm.context, chat=bool(service.template))
 
     async def show_page(request):
@@ -2356,7 +2359,7 @@ def listener(app, timeout):
 
         def connection_made(self, transport):
             super().connection_made(transport)
-            sock = transport.get_extra_info("socket")                        # small writes must not wait for one another
+            sock = transport.get_extra_info("socket")                        # small writes wait for no other
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
 
