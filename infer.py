@@ -17,8 +17,12 @@ its bound.
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
 
+    serve     one thread reads and writes sockets, one takes requests apart, one owns the model: none holds up another.
+              A text that no one waits for any more gives its blocks back at once.
+
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama or Mistral; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama or Mistral; `--serve` speaks OpenAI's interface; `--score FILE`, `--bench`, `--bench-serving`; without a
+prompt, on a terminal, it asks for one.
 """
 import argparse
 import asyncio
@@ -1540,7 +1544,7 @@ SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NU
             "frequency_penalty": (NUMBER, -2, 2), "seed": (int, -2 ** 63, 2 ** 64), "n": (int, 1, 2 ** 63)}
 NOT_HERE = ("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
             "web_search_options", "suffix")                                  # fields that ask for what is not done here
-NOTHING = (None, "none", [], ["text"])                                       # values of theirs that ask for nothing
+NOTHING = (None, "", "none", [], ["text"])                                   # values of theirs that ask for nothing
 KINDS = {bool: "true or false", int: "a whole number", NUMBER: "a number", str: "a string", dict: "an object",
          list: "a list", (str, list): "a string or a list"}
 

@@ -1,7 +1,7 @@
 from test_all import *  # noqa: F403
 from test_all import HERE, START, infer, json, math, np, os, pytest, run, shutil, signal, socket, subprocess, sys, time
 
-# --- 8. infer.py: the server, over real sockets, for one client, for many at once, for hostile ones ------------------
+# --- 8. infer.py: the server, over real sockets, for one client, for many at once, for hostile ones -------------------
 
 import concurrent.futures
 import contextlib
@@ -266,16 +266,17 @@ def scripted(served, ids):
 
 
 BAD = [("temperature", 3), ("temperature", "1"), ("temperature", True), ("temperature", -1), ("top_p", -0.1),
-       ("top_p", 2.0), ("top_k", 1.5), ("min_p", 2), ("n", 0), ("n", 10 ** 9), ("n", True), ("seed", 1.5), ("max_tokens", -1),
-       ("max_tokens", "5"), ("stop", [""]), ("stop", [1]), ("stop", 5), ("stop", ["x"] * 99), ("stop", "x" * 999),
-       ("logit_bias", [1]), ("logit_bias", {"a": 1}), ("logit_bias", {"999999": 1}), ("logit_bias", {"1": 1e9}),
+       ("top_p", 2.0), ("top_k", 1.5), ("min_p", 2), ("n", 0), ("n", 10 ** 9), ("n", True), ("seed", 1.5),
+       ("max_tokens", -1), ("max_tokens", "5"), ("stop", [""]), ("stop", [1]), ("stop", 5), ("stop", ["x"] * 99),
+       ("stop", "x" * 999), ("logit_bias", [1]), ("logit_bias", {"a": 1}), ("logit_bias", {"999999": 1}), ("logit_bias", {"1": 1e9}),
        ("presence_penalty", 9), ("frequency_penalty", -9), ("repetition_penalty", 0), ("repetition_penalty", 1e-300),
        ("stream", 1), ("stream_options", {}), ("stream_options", 5), ("model", 5), ("tools", [{"type": "function"}]),
        ("functions", [{}]), ("audio", {"voice": "x"}), ("modalities", ["audio"]), ("tool_choice", "required"),
        ("response_format", {"type": "xml"}), ("response_format", "json"), ("regex", 5), ("ignore_eos", 1)]
 BAD_TEXT = [("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", [[]]), ("prompt", ["a", 1]),
-            ("prompt", [1, "a"]), ("prompt", {}), ("prompt", [10 ** 9]), ("prompt", [-1]), ("prompt", [True]), ("prompt", [1.5]),
-            ("prompt", [["a"]]), ("echo", 1), ("best_of", 3), ("logprobs", 21), ("logprobs", True), ("suffix", "x")]
+            ("prompt", [1, "a"]), ("prompt", {}), ("prompt", [10 ** 9]), ("prompt", [-1]), ("prompt", [True]),
+            ("prompt", [1.5]), ("prompt", [["a"]]), ("echo", 1), ("best_of", 3), ("logprobs", 21), ("logprobs", True),
+            ("suffix", "x")]
 BAD_CHAT = [("messages", None), ("messages", []), ("messages", "x"), ("messages", [1]), ("messages", [{}]),
             ("messages", [dict(role="tool", content="x")]), ("messages", [dict(role="user<|endoftext|>", content="x")]),
             ("messages", [dict(role="user")]), ("messages", [dict(role="user", content=5)]),
@@ -485,7 +486,8 @@ def test_fuzzed_requests_never_break_the_server(served):
     wanted = served.good(TEXT, prompt="def", seed=1, max_tokens=10)["choices"][0]["text"]
     names = ["prompt", "messages", "model", "n", "stop", "stream", "seed", "temperature", "top_p", "top_k", "min_p",
              "logprobs", "top_logprobs", "echo", "logit_bias", "max_tokens", "max_completion_tokens", "best_of",
-             "tools", "response_format", "stream_options", "regex", "presence_penalty", "suffix", "tokens", "add_special_tokens"]
+             "tools", "response_format", "stream_options", "regex", "presence_penalty", "suffix", "tokens",
+             "add_special_tokens"]
     atoms = [None, True, False, 0, 1, -1, 2, 3.5, 1e308, 2 ** 62, "", "x", "\ud83d", "a" * 300, [], {}, [1], ["x"],
              [[1]], [None], {"1": 1}, {"type": "json_schema"}, {"role": "user", "content": "x"},
              [{"role": "user", "content": "x"}],
