@@ -16,7 +16,6 @@ its bound.
     sampling  token = argmax(logits / temperature + g),  g = −log(−log u), u uniform in (0, 1): Gumbel-max, the same
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
-
     serve     one thread reads and writes sockets, one takes requests apart, one owns the model: none holds up another.
               A text that no one waits for any more gives its blocks back at once.
 
