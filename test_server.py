@@ -269,7 +269,8 @@ BAD = [("temperature", 3), ("temperature", "1"), ("temperature", True), ("temper
        ("top_p", 2.0), ("top_k", 1.5), ("min_p", 2), ("n", 0), ("n", 10 ** 9), ("n", True), ("seed", 1.5),
        ("max_tokens", -1), ("max_tokens", "5"), ("stop", [""]), ("stop", [1]), ("stop", 5), ("stop", ["x"] * 99),
        ("stop", "x" * 999), ("logit_bias", [1]), ("logit_bias", {"a": 1}),
-       ("logit_bias", {"999999": 1}), ("logit_bias", {"1": 1e9}), ("presence_penalty", 9), ("frequency_penalty", -9), ("repetition_penalty", 0), ("repetition_penalty", 1e-300),
+       ("logit_bias", {"999999": 1}), ("logit_bias", {"1": 1e9}), ("presence_penalty", 9), ("frequency_penalty", -9),
+       ("repetition_penalty", 0), ("repetition_penalty", 1e-300),
        ("stream", 1), ("stream_options", {}), ("stream_options", 5), ("model", 5), ("tools", [{"type": "function"}]),
        ("functions", [{}]), ("audio", {"voice": "x"}), ("modalities", ["audio"]), ("tool_choice", "required"),
        ("response_format", {"type": "xml"}), ("response_format", "json"), ("regex", 5), ("ignore_eos", 1)]
