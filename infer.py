@@ -16,13 +16,15 @@ its bound.
     sampling  token = argmax(logits / temperature + g),  g = −log(−log u), u uniform in (0, 1): Gumbel-max, the same
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
+    serve     one thread reads and writes sockets, one takes requests apart, one owns the model: none holds up another.
+              A text that no one waits for any more gives its blocks back at once.
 
     drafts    tokens guessed ahead, checked several in one pass: the weights are read once for all of them. The noise is
               keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`, `--compare`, `--serve`; without a
-prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--serve` speaks OpenAI's interface; `--score FILE`, `--bench`, `--bench-serving`,
+`--compare`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
 import asyncio
@@ -2813,16 +2815,16 @@ def plot_compared(rows, path):
 # worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
 # orders from a queue, steps, and hands to the loop what is new.
 
-BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes at most; time for a head, for a body
-LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, characters of each
+BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes; seconds for a head, a body
+LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, their length
 EVENTS = 250                                                                 # a second over all streams, about
 NUMBER = (int, float)
-SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1), "top_k": (int, -1, 2 ** 63),
-            "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
+SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1),
+            "top_k": (int, -1, 2 ** 63), "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
             "frequency_penalty": (NUMBER, -2, 2), "seed": (int, -2 ** 63, 2 ** 64), "n": (int, 1, 2 ** 63)}
 NOT_HERE = ("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
             "web_search_options", "suffix")                                  # fields that ask for what is not done here
-NOTHING = (None, "none", [], ["text"])                                       # values of theirs that ask for nothing
+NOTHING = (None, "", "none", [], ["text"])                                   # values of theirs that ask for nothing
 KINDS = {bool: "true or false", int: "a whole number", NUMBER: "a number", str: "a string", dict: "an object",
          list: "a list", (str, list): "a string or a list"}
 
@@ -2873,7 +2875,8 @@ async def read_body(scope, receive, keep=True):
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", headers={"connection": "close"}) from None
+        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", None, None,
+                      {"connection": "close"}) from None
     if keep and max(size, declared) > BODY:
         raise Refused(413, f"the body is longer than {BODY} bytes", headers={"connection": "close"})
     return b"".join(parts) if keep else None
@@ -3037,14 +3040,15 @@ class Job:
             raise Refused(400, where + message, param=name if name in settings else self.PROMPT,
                           code="context_length_exceeded" if "exceed" in message else None) from None
 
-    def post(self, choice):
+    def post(self, choice, now):
         """In the engine's thread: a text has grown or ended → whether the loop is to be woken for it."""
-        done, now = choice.request.finish_reason, time.perf_counter()
-        if not done and (not self.stream or now < choice.due):
-            return False
-        choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS  # many: more tokens an event
-        self.news.append((choice, choice.request.news() if self.stream else "", choice.made, done))
-        return True
+        end = choice.request.finish_reason
+        choice.due = math.inf                                                # a whole reply is told at its end; of many
+        if self.stream:                                                      # streams each takes more tokens an event
+            choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS
+        if end or self.stream:
+            self.news.append((choice, choice.request.news() if self.stream else "", choice.made, end))
+        return bool(end or self.stream)
 
     async def answer(self, send):
         """In the event loop: tell the texts, as they grow or when all have ended."""
@@ -3065,8 +3069,7 @@ class Job:
             if failed := self.failure():
                 if not self.stream:
                     raise failed
-                await send({"type": "http.response.body", "body": b"data: " + json.dumps(failed.error).encode() + b"\n\n"})
-                return
+                return await self.write(send, [failed.error], more=False)
             if self.stream:
                 await self.write(send, [told for c, (text, made, end) in fresh.items()
                                         if (told := self.piece(c, text, made, end))])
@@ -3132,7 +3135,8 @@ class Completion(Job):
         self.echo = fields.take("echo", bool, False)
         best = fields.take("best_of", int, settings["n"], 1, 2 ** 63)
         if best != settings["n"]:
-            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n", param="best_of")
+            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n",
+                          param="best_of")
         settings["logprobs"] = fields.take("logprobs", int, None, 0, LIKELY)
         if self.echo and settings["logprobs"] is not None:
             settings["prompt_logprobs"] = settings["logprobs"]
@@ -3228,7 +3232,7 @@ class Service:
         self.llm, self.timeout, self.most = llm, timeout, llm.scheduler.most + max_queue
         self.name = llm.folder.resolve().name or "model"
         self.names = {self.name, str(llm.folder), str(llm.folder.resolve())}
-        self.room, self.template = min(llm.context, llm.blocks.total * llm.blocks.size), chat_template(llm.folder)
+        self.room, self.template = min(llm.room, llm.blocks.total * llm.blocks.size), chat_template(llm.folder)
         self.arriving = self.texts = self.streams = 0                        # the event loop's
         self.orders, self.active = queue.SimpleQueue(), {}                   # active: request → choice, the engine's
         self.metrics = Metrics(self)
@@ -3303,7 +3307,7 @@ class Service:
             self.arriving -= 1
 
     def busy(self):
-        return Refused(429, f"{self.texts} texts are in the making and waiting, of at most {self.most}: try again later",
+        return Refused(429, f"{self.texts} texts are in the making or wait, of {self.most} at most: try again later",
                        code="rate_limit_exceeded", headers={"retry-after": "1"})
 
     def submit(self, job):
@@ -3358,11 +3362,15 @@ class Service:
 
     def deliver(self, requests):
         """Post what is new, and wake the loops that wait for it: once a step, not once a text."""
-        woken = {}                                                           # loop → jobs
+        woken, now = {}, time.perf_counter()                                 # woken: loop → jobs
         for r in requests:
-            choice = self.active.pop(r) if r.finish_reason else self.active[r]
-            self.metrics.note(choice)
-            if choice.job.post(choice):
+            choice = self.active[r]
+            if not r.finish_reason and now < choice.due:
+                continue
+            if r.finish_reason:
+                del self.active[r]
+            self.metrics.note(choice, now)
+            if choice.job.post(choice, now):
                 woken.setdefault(choice.job.loop, {})[choice.job] = None
         for loop, jobs in woken.items():
             with contextlib.suppress(RuntimeError):                          # a loop that is closed waits for nothing
@@ -3389,9 +3397,9 @@ class Metrics:
         self.counts = Counter()
         self.registry.register(self)
 
-    def note(self, choice):
+    def note(self, choice, now):
         """A text has grown or ended."""
-        r, now, since = choice.request, time.perf_counter(), choice.job.arrived
+        r, since = choice.request, choice.job.arrived
         self.counts["generation_tokens"] += choice.made - choice.counted
         choice.counted = choice.made
         if choice.began is None and choice.made:
@@ -3480,7 +3488,8 @@ def tokenize(service, body):
         if (text := fields.take("prompt", str)) is None:
             raise Refused(400, "prompt must be a string", param="prompt")
         try:
-            ids = (tokenizer.start_ids if fields.take("add_special_tokens", bool, True) else []) + tokenizer.encode(text)
+            ids = tokenizer.encode(text)
+            ids = tokenizer.start_ids + ids if fields.take("add_special_tokens", bool, True) else ids
         except ValueError as error:
             raise Refused(400, str(error), param="prompt") from None
     strings = [service.spelled(i) for i in ids] if fields.take("return_token_strs", bool, False) else None
@@ -3543,7 +3552,7 @@ class Gate:
             await self.enter(scope, receive, noted)
         except Gone:
             pass
-        except Exception as error:                                           # ours to mend: told in full here, not there
+        except Exception as error:                                           # ours to mend: told here, not there
             self.log("".join(traceback.format_exception(error)).rstrip())
         finally:
             job = scope.get("job")
@@ -3559,7 +3568,8 @@ class Gate:
                                                 "access-control-allow-headers": wanted.decode("latin-1"),
                                                 "access-control-max-age": "86400"})
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if self.key and scope["path"] not in self.OPEN and not (scheme.lower() == b"bearer" and self.fits(given.strip())):
+        fits = not self.key or scheme.lower() == b"bearer" and self.fits(given.strip())
+        if not fits and scope["path"] not in self.OPEN:
             await read_body(scope, receive, keep=False)
             return await Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY",
                                  code="invalid_api_key", headers={"www-authenticate": "Bearer"})(scope, receive, send)
@@ -3572,7 +3582,7 @@ def application(service, key=None, log=print):
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     page = (Path(__file__).parent / "assets" / "page.html").read_bytes()
-    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin", root=str(service.llm.folder),
+    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin",
                 max_model_len=service.llm.context, chat=bool(service.template))
 
     async def show_page(request):
@@ -3633,7 +3643,7 @@ def listener(app, timeout):
 
         def connection_made(self, transport):
             super().connection_made(transport)
-            sock = transport.get_extra_info("socket")                        # small writes must not wait for one another
+            sock = transport.get_extra_info("socket")                        # small writes wait for no other
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
 
