@@ -2,7 +2,7 @@ from test_all import *
 import mod as M
 
 
-# --- 4. mod.py: to be appended to its section --------------------------------------------------------------------------
+# --- 4. mod.py: to be appended to its section -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("routing", ["topk", "threshold"])
 @pytest.mark.parametrize("letter", ["a", "s", "m", "d"])
