@@ -20,6 +20,7 @@ the price of a call are measured, and an op is predicted from the passes over me
 `python hw_profile.py` measures this machine, holds each op of the project against its roofline, writes roofline.png and
 prints the table of accelerators. --compare, --kernels, --model, --plan, --validate: see --help.
 """
+import concurrent.futures
 import contextlib
 import difflib
 import functools
@@ -39,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._library import custom_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -285,6 +287,735 @@ def compare(names, as_json):
     table(["", *(c.name for c in chips)], rows)
 
 
+# --- 2. Measure: this machine, and each op of the project on it -------------------------------------------------------
+
+def synchronize(device):
+    """Wait until the device has done what it was told."""
+    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.split(":")[0], lambda: None)()
+
+
+def seconds(work, device="cpu", budget=0.03):
+    """The best of repeated runs within `budget` seconds: what the machine does undisturbed. At least five runs."""
+    work()
+    synchronize(device)
+    best, count, end = math.inf, 0, time.perf_counter() + budget
+    while count < 5 or time.perf_counter() < end:
+        t = time.perf_counter()
+        work()
+        synchronize(device)
+        best, count = min(best, time.perf_counter() - t), count + 1
+    return best
+
+
+class Passes(TorchDispatchMode):
+    """What a call makes torch do, one entry a kernel: (kind, FLOPs, bytes, numbers, rows, shape). Views move nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.touched, self.clock = [], {}, 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        own = custom_ops.OPDEFS.get(call._schema.name) if call.namespace == "twin" else None
+        if own:                                                              # flash.py's: what counts is inside
+            with self:
+                return own._init_fn(*args, **(kwargs or {}))
+        if torch._C._dispatch_has_kernel_for_dispatch_key(call.name(), "CompositeImplicitAutograd"):
+            with self:                                                       # made of others: count those
+                out = call.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
+        out = call(*args, **(kwargs or {}))
+        self.made += [p._replace(moved=self.distances(args, kwargs, out) if p.kind != "view" and i == 0 else p.moved)
+                      for i, p in enumerate(passes_of(call, args, kwargs or {}, out))]
+        return out
+
+    def distances(self, *trees):
+        """How much was moved since each tensor was last touched: what a cache must have held to hold it still → a list
+        of (address, bytes, bytes moved since or None). Memory that was let go and taken anew is the same memory.
+        """
+        sizes = {}
+        for x in tree_leaves(trees):
+            if isinstance(x, torch.Tensor) and x.layout is torch.strided:
+                sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), math.prod(
+                    n for n, step in zip(x.shape, x.stride()) if step) * x.element_size())
+        self.clock += sum(sizes.values())
+        moved = [(size, self.clock - self.touched[at] if at in self.touched else None) for at, size in sizes.items()]
+        self.touched |= dict.fromkeys(sizes, self.clock - sum(sizes.values()))
+        return moved
+
+
+Pass = namedtuple("Pass", "kind flops bytes numbers rows shape moved", defaults=(None,))
+SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "exp", "_log_softmax": "log_softmax",
+        "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", "cos": "cos",
+        "sin": "cos", "pow": "pow", "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
+
+
+def passes_of(call, args, kwargs, out):
+    """One dispatched call of torch → its Passes (one each for the tensors of a list)."""
+    name = call._schema.name.split("::")[1]
+    into = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.layout is torch.strided]
+    outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+    size = lambda x: math.prod(n for n, step in zip(x.shape, x.stride()) if step) * x.element_size()
+    numbers, shape = sum(x.numel() for x in outs), None
+    changed = call._schema.is_mutable
+    shares = {x.untyped_storage().data_ptr() for x in into if x.numel()}
+    if name.startswith(("empty", "new_empty", "_unsafe_view", "detach")) or not outs or (
+            not changed and all(x.untyped_storage().data_ptr() in shares for x in outs)):
+        return [Pass("view", 0, 0, 0, 0, None)]
+    if name.startswith("_foreach"):
+        share = sum(map(size, into)) + sum(map(size, outs or into))
+        count = max(1, len(outs) or len(into) // 2)
+        return [Pass("pass", 0, share / count, 0, 0, None)] * count
+    bytes = sum(map(size, {id(x): x for x in [*into, *outs]}.values())) + (size(into[0]) if changed and into else 0)
+    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+        a, b = into[-2:] if not name.startswith(("add", "badd")) else into[1:3]
+        batch = a.shape[0] if a.ndim == 3 else 1
+        shape = (a.shape[-2], b.shape[-1], a.shape[-1], batch)
+        return [Pass("matmul", 2 * math.prod(shape), bytes, 0, 0, shape)]
+    if name == "_linear_pointwise":                                          # weights packed for few rows (infer.py)
+        K, N = into[0].shape[-1], outs[0].shape[-1]
+        shape = (outs[0].numel() // N, N, K, 1)
+        return [Pass("matmul", 2 * math.prod(shape), bytes + K * N * outs[0].element_size(), 0, 0, shape)]
+    if "scaled_dot_product" in name:
+        return [attention_pass(name, args, kwargs, into, bytes)]
+    if name in ("embedding", "index", "index_select", "gather"):
+        bytes, rows = 2 * sum(map(size, outs)), numbers // max(outs[0].shape[-1], 1)
+        return [Pass("pass", 0, bytes, numbers, rows, None)]
+    if name in ("fill_", "zero_", "zeros", "zeros_like", "ones", "ones_like", "full", "arange", "scalar_tensor"):
+        return [Pass("pass", 0, sum(map(size, outs)), numbers, 0, None)]
+    most = max([*into, *outs], key=lambda x: x.numel())
+    rows = sum(x.numel() // run(x) for x in [max(into, key=lambda x: x.numel() // run(x))]) if into and any(
+        run(x) < x.numel() for x in into) else 0
+    return [Pass(SLOW.get(name, "pass"), most.numel(), bytes, most.numel(), rows, None)]
+
+
+def run(x):
+    """How many numbers of a tensor lie one after the other before there is a jump."""
+    count = 1
+    for n, step in sorted(zip(x.shape, x.stride()), key=lambda pair: pair[1]):
+        if n > 1:
+            if step != count:
+                break
+            count *= n
+    return count
+
+
+def attention_pass(name, args, kwargs, into, bytes):
+    """torch's attention on a CPU: blocks of 32, 64 or 256 queries against 512 keys, none beyond the diagonal's block."""
+    back = "backward" in name
+    q, k = (into[1], into[2]) if back else (into[0], into[1])
+    (B, H, T, D), S = q.shape, k.shape[2]
+    causal = any(x is True for x in (*args, *kwargs.values()))
+    block = 256 if T >= 768 else 64 if T >= 192 else 32
+    seen = sum((min(i + block, T) - i) * (min(i + block, S) if causal else S) for i in range(0, T, block))
+    return Pass("attention back" if back else "attention", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
+                B * H * sum(-(-(min(i + block, S) if causal else S) // 512) * (min(i + block, T) - i)
+                            for i in range(0, T, block)), (min(block, T), min(512, S), D, B * H))
+
+
+@dataclass
+class Bench:
+    """What was measured: machine (train.Machine), curves of bytes/s by working set, FLOP/s by (least, mean of the other
+    two sizes), seconds a number of slow functions, a row of a strided pass, a call.
+    """
+    machine: train.Machine
+    bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
+    reading: list                                                            # of a sum
+    products: dict                                                           # (least, size) → FLOP/s, float32
+    slow: dict                                                               # kind → seconds a number
+    row: float
+    reduced: float                                                           # a row of a reduction
+    call: float                                                              # without gradients, and a call of a
+    call_train: float                                                        # forward and backward pass
+    link: float = None
+
+    def bytes_per_second(self, working_set):
+        """Interpolated in the logarithm of the working set."""
+        x, y = zip(*self.bandwidth)
+        return float(np.exp(np.interp(math.log(max(working_set, 1)), np.log(x), np.log(y))))
+
+    def product_rate(self, m, n, k):
+        """Interpolated in the logarithms of the least size and of the mean of the others."""
+        least, *others = sorted((m, n, k))
+        size = math.sqrt(others[0] * others[1])
+        xs, ys = (sorted({key[i] for key in self.products}) for i in (0, 1))
+        by_size = [np.interp(math.log(size), np.log(ys), [math.log(self.products[x, y]) for y in ys]) for x in xs]
+        return float(np.exp(np.interp(math.log(least), np.log(xs), by_size)))
+
+    def seconds(self, p, all=0):
+        """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers. What a
+        call had not touched before was touched when it ran last: `all` its bytes ago.
+        """
+        memory = p.bytes / self.bytes_per_second(p.bytes)
+        if p.moved:
+            share = p.bytes / max(sum(size for size, _ in p.moved), 1)       # written where it was read: twice
+            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes)) for size, ago in p.moved)
+        if p.kind == "view":
+            return 0.0
+        if p.kind == "matmul":
+            return max(memory, p.flops / self.product_rate(*p.shape[:3]))
+        if p.kind.startswith("attention"):                                   # scores stay in the cache, but pass it
+            rounds = 6 if p.kind.endswith("back") else 3
+            small = (rounds * 4 * p.numbers / self.bytes_per_second(2 ** 18)
+                     + rounds * p.rows * self.reduced)                       # a row's largest, its sum, its part of acc
+            return max(memory, p.flops / self.product_rate(*p.shape[:3])) + small + p.numbers * self.slow["exp"]
+        return max(memory, p.numbers * self.slow.get(p.kind, 0)) + p.rows * self.row
+
+    def predict(self, passes, trained):
+        """Seconds of a call: its passes, and the price of calling each."""
+        all = sum(size for p in passes for size, _ in p.moved or ())
+        return sum(self.seconds(p, all) for p in passes) + len(passes) * (self.call_train if trained else self.call)
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+def reference_calls(layers, x):
+    """A few of torch's calls as a module makes them, on tensors so small that only the calls cost."""
+    for a, b in layers:
+        y = a(x).view(2, 4, -1).transpose(0, 1)
+        x = _Twice.apply(b((y * y).transpose(0, 1).reshape(8, -1))) + x
+    return x
+
+
+def call_prices():
+    """Seconds a dispatched call of torch costs, without and with gradients, from `reference_calls`."""
+    layers = [(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)) for _ in range(4)]
+    x, prices = torch.ones(8, 8), []
+
+    def forward():
+        with torch.no_grad():
+            reference_calls(layers, x)
+    for work in (forward, lambda: reference_calls(layers, x).sum().backward()):
+        with Passes() as passes:
+            work()
+        prices.append(seconds(work, budget=0.2) / len(passes.made))
+    return prices
+
+
+def bench(device, bar):
+    """Measure → Bench. `bar` is moved on."""
+    step = lambda text: (bar.set_description(text), bar.update())
+    machine = train.measure(device)
+    step("bandwidth by working set")
+    kind, curve, reading = machine.device, [], []
+    largest = 28 if kind == "cpu" else 31
+    for power in range(14, largest + 1):
+        a, b, c = torch.ones(3, 2 ** power // 12, device=kind)
+        t = seconds(lambda: torch.add(a, b, out=c), kind)
+        tiny = seconds(lambda: torch.add(a[:1], b[:1], out=c[:1]), kind, 0.003)
+        curve.append((12 * len(a), 12 * len(a) / max(t - tiny, t / 8)))
+        a = torch.ones(2 ** power // 4, device=kind)
+        t = seconds(a.sum, kind, 0.015)
+        reading.append((4 * len(a), 4 * len(a) / max(t - tiny, t / 4)))
+    step("products by shape")
+    products = {}
+    for least in (1, 4, 16, 64, 256, 1024):
+        for size in (32, 64, 128, 256, 512, 1024) if kind == "cpu" else (256, 1024, 4096):
+            a, b = torch.randn(least, size, device=kind), torch.randn(size, size, device=kind)
+            out = torch.empty(least, size, device=kind)
+            products[least, size] = 2 * least * size * size / seconds(lambda: torch.mm(a, b, out=out), kind, 0.02)
+    step("slow functions, rows, calls")
+    x, y = torch.rand(128, 256, device=kind), torch.empty(128, 256, device=kind)
+    z = x.double() if kind != "mps" else x
+    each = lambda work: seconds(work, kind) / x.numel()
+    slow = dict(exp=each(lambda: torch.exp(x, out=y)), silu=each(lambda: torch.nn.functional.silu(x)),
+                log_softmax=each(lambda: torch.log_softmax(x, -1)), cos=each(lambda: torch.cos(z)),
+                pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)))
+    wide, flat = torch.rand(1024, 64, device=kind)[:, :32], torch.rand(1024, 32, device=kind)
+    out = torch.empty(1024, 32, device=kind)
+    row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
+                                                                              kind), 0) / 1024
+    reduced = max(seconds(lambda: torch.amax(flat, -1), kind) - tiny, 0) / 1024
+    call, call_train = call_prices()
+    return Bench(machine, curve, reading, products, slow, row, reduced, call, call_train, link_rate())
+
+
+def link_rate():
+    """Bytes/s from one GPU to the next, or None where there are not two."""
+    if torch.cuda.device_count() < 2:
+        return None
+    a, b = (torch.empty(2 ** 28, dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
+    return 2 ** 28 / seconds(lambda: b.copy_(a), "cuda", 0.1)
+
+
+# Each op with its FLOPs and bytes as formulas: the least that any implementation in float32 must do. `s` holds the
+# sizes B, T, H, G, D, C, F, V; forward and backward together where `trained`.
+
+Op = namedtuple("Op", "name trained flops bytes make")
+
+
+def ops(s):
+    """The ops of the project at the sizes `s` → [Op]; make(device) → a function that calls it."""
+    N = s.B * s.T
+    q, kv = N * s.H * s.D, N * s.G * s.D
+
+    def t(device, *shape):
+        return torch.randn(shape, device=device).requires_grad_()
+
+    def back(work, *tensors):
+        """Forward and backward of work(), gradients let go."""
+        def call():
+            y = work()
+            torch.autograd.backward(y, [torch.ones_like(x) for x in y] if isinstance(y, tuple) else torch.ones_like(y))
+            for x in tensors:
+                x.grad = None
+        return call
+
+    def rms(device):
+        x, w = t(device, N, s.C), t(device, s.C)
+        return back(lambda: A.rms_norm(x, w), x, w)
+
+    def rms_residual(device):
+        x, w, r = t(device, N, s.C), t(device, s.C), t(device, N, s.C)
+        return back(lambda: A.rms_norm(x, w, residual=r), x, w, r)
+
+    def rotary(device):
+        x, y, at = t(device, s.B, s.H, s.T, s.D), t(device, s.B, s.G, s.T, s.D), torch.arange(s.T, device=device)
+        return back(lambda: A.rotary(x, y, at), x, y)
+
+    def swiglu(device):
+        a, b = t(device, N, s.F), t(device, N, s.F)
+        return back(lambda: A.swiglu(a, b), a, b)
+
+    def loss(device):
+        x, w = t(device, N, s.C), t(device, s.V, s.C)
+        goal = torch.zeros(N, dtype=torch.long, device=device)
+        return back(lambda: A.linear_cross_entropy(x, w, goal), x, w)
+
+    def attend(op, **options):
+        def make(device):
+            q, k, v = t(device, s.B, s.H, s.T, s.D), t(device, s.B, s.G, s.T, s.D), t(device, s.B, s.G, s.T, s.D)
+            return back(lambda: op(q, k, v, **options), q, k, v)
+        return make
+
+    def forward(device):
+        q, k, v = (t(device, s.B, n, s.T, s.D).detach() for n in (s.H, s.G, s.G))
+        return lambda: flash.flash_attention(q, k, v)
+
+    def decode(device):
+        pages = [torch.randn(s.B * s.T // 16, 16, s.G, s.D, device=device) for _ in range(2)]
+        table = torch.arange(s.B * s.T // 16, dtype=torch.int32, device=device).view(s.B, -1)
+        q, lengths = torch.randn(s.B, s.H, s.D, device=device), torch.full((s.B,), s.T, dtype=torch.int32, device=device)
+        return lambda: flash.flash_decode(q, *pages, table, lengths)
+
+    def block(device):
+        m, x = small_model(s, device).blocks[0], t(device, s.B, s.T, s.C)
+        at = torch.arange(s.T, device=device)
+        return back(lambda: m(x, at), x, *m.parameters())
+
+    shape = small_shape(s)
+    k, scores = cost(shape, s.T), 2 * s.B * s.H * s.T * s.T * s.D            # causal: half of 4
+    pairs, weights = 2 * q + 2 * kv, k["params"]
+    one = (k["flops"] - 2 * s.V * s.C) / len(shape.layers)
+    return [
+        Op("rms_norm", True, 12 * N * s.C, 4 * 5 * N * s.C, rms),
+        Op("rms_norm + residual", True, 14 * N * s.C, 4 * 8 * N * s.C, rms_residual),
+        Op("rotary", True, 6 * (q + kv), 4 * 4 * (q + kv), rotary),
+        Op("swiglu", True, 14 * N * s.F, 4 * 8 * N * s.F, swiglu),
+        Op("linear_cross_entropy", True, 6 * N * s.C * s.V, 4 * (4 * N * s.C + 3 * s.V * s.C), loss),
+        Op("attention", True, 3.5 * scores, 4 * 3 * pairs, attend(A.attention)),
+        Op("attention window", True, 3.5 * 4 * s.B * s.H * s.T * s.W * s.D, 4 * 3 * pairs,
+           attend(A.attention, window=s.W)),
+        Op("flash_attention", False, scores, 4 * pairs, forward),
+        Op("flash_attention", True, 3.5 * scores, 4 * 3 * pairs, attend(flash.flash_attention)),
+        Op("flash_attention window", True, 3.5 * 4 * s.B * s.H * s.T * s.W * s.D, 4 * 3 * pairs,
+           attend(flash.flash_attention, window=s.W)),
+        Op("flash_decode", False, 4 * s.B * s.H * s.T * s.D, 4 * 2 * kv, decode),
+        Op("block", True, 3 * N * one, 4 * (3 * weights / len(shape.layers) + 30 * N * s.C), block),
+        Op("train step", True, 3 * N * k["flops"], 4 * (9 * weights + 30 * N * s.C * len(shape.layers)),
+           functools.partial(train_step, s)),
+        Op("decode step", False, s.B * k["flops"], 4 * (weights + s.B * s.T * k["cache"]),
+           functools.partial(decode_step, s)),
+    ]
+
+
+Sizes = namedtuple("Sizes", "B T H G D C F V W layers")
+SMALL, LARGE = Sizes(4, 256, 4, 2, 64, 256, 704, 4096, 64, 3), Sizes(8, 2048, 16, 8, 128, 2048, 6144, 32768, 512, 4)
+
+
+def small_config(s):
+    raw = train.qwen3_config("a" * s.layers, s.C, s.H, s.G, s.V, s.T, [0])
+    return train.parse_config(raw | dict(intermediate_size=s.F, head_dim=s.D))
+
+
+def small_shape(s):
+    return config_shape(small_config(s).raw, "small")
+
+
+def small_model(s, device):
+    return train.Model(small_config(s)).initialize(0).to(device)
+
+
+def train_step(s, device):
+    """A step of train.py: forward, loss, backward, clipped, and the optimizer."""
+    model = small_model(s, device)
+    optimizer, tokens = train.Optimizer(model), torch.zeros(s.B, s.T, dtype=torch.long, device=device)
+
+    def step():
+        h = model.hidden(tokens).flatten(0, 1)
+        A.linear_cross_entropy(h, model.head.weight, tokens.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+        optimizer.step(1.0)
+        for w in model.parameters():
+            w.grad = None
+    return step
+
+
+def decode_step(s, device):
+    """A token for each of B sequences that hold T − 1 others."""
+    model = infer.quicken(small_model(s, device).eval())
+    states, at = model.new_states(s.B, s.T), torch.tensor([s.T - 1], device=device)
+    for state in states:
+        state.k.zero_(), state.v.zero_()
+    tokens = torch.zeros(s.B, 1, dtype=torch.long, device=device)
+
+    @torch.no_grad()
+    def step():
+        for state in states:
+            state.length = s.T - 1
+        return model(tokens, at, states)
+    return step
+
+
+def hold(bench, op, device):
+    """An op measured and predicted → dict."""
+    work = op.make(device)
+    work()                                                                   # caches and first gradients apart
+    with Passes() as passes:
+        work()
+    if device == "cpu":
+        predicted = bench.predict(passes.made, op.trained)
+    else:                                                                    # our kernels there do what the formula says
+        flops, bandwidth = bench.machine.flops[torch.float32], bench.machine.bandwidth
+        predicted = max(op.flops / flops, op.bytes / bandwidth) + len(passes.made) * bench.call
+    measured = seconds(work, device, 0.4)
+    roof = max(op.flops / max(bench.machine.flops.values()), op.bytes / bench.machine.bandwidth)
+    return dict(op=op.name, trained=op.trained, flops=op.flops, bytes=op.bytes, intensity=op.flops / op.bytes,
+                passes=sum(p.kind != "view" for p in passes.made), measured=measured, predicted=predicted,
+                ratio=predicted / measured, flops_per_second=op.flops / measured, roof_share=roof / measured)
+
+
+ON_PAPER = ("A100 SXM", "H100 SXM", "B200 SXM", "MI300X", "MI355X", "TPU v7x (Ironwood)")
+
+
+def op_on(op, chip):
+    """Seconds of an op (its formulas, in bfloat16: half the bytes) on an accelerator, as one kernel."""
+    return max(op.flops / rate(chip, "bf16"), op.bytes / 2 / (chip.bandwidth * 1e12 * MEMORY)) + LAUNCH
+
+
+def profile(args):
+    """Measure this machine, hold the ops against it, draw the roofline, print the accelerators."""
+    device = train.pick_device(args.device)
+    train.keep_memory()
+    sizes = SMALL if device == "cpu" else LARGE
+    todo, results = ops(sizes), []
+    with tqdm(total=3 + len(todo), leave=False, file=sys.stderr, disable=None) as bar:
+        b = bench(device, bar)
+        for op in todo:
+            bar.set_description(op.name)
+            results.append(hold(b, op, device))
+            bar.update()
+    draw_roofline(b, results, args.out)
+    if args.json:
+        print(json.dumps(dict(device=device, flops={str(d)[6:]: f for d, f in b.machine.flops.items()},
+                              bandwidth=b.machine.bandwidth, bandwidth_by_bytes=b.bandwidth, call=b.call,
+                              call_train=b.call_train, link=b.link)))
+        for row in results:
+            print(json.dumps(row))
+        return
+    show_bench(b)
+    show_ops(results, todo)
+    print()
+    show_accelerators(list(ACCELERATORS.values()), False)
+    print(f"\nroofline: {args.out}")
+
+
+def show_bench(b):
+    """This machine's figures."""
+    name = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    print(f"{b.machine.device}: best products " + ", ".join(f"{name[d]} {figure(f)}FLOP/s" for d, f in
+                                                          b.machine.flops.items())
+          + f"; memory read at {figure(b.machine.bandwidth)}B/s\na call of torch {1e6 * b.call:.1f} µs, with gradients "
+          f"{1e6 * b.call_train:.1f}; exponentials {figure(1 / b.slow['exp'])}/s"
+          + (f"; link {figure(b.link)}B/s" if b.link else "") + "\n")
+    top = max(y for _, y in b.bandwidth)
+    print("working set   a + b → c, GB/s                                reading, GB/s")
+    for (x, y), (_, r) in list(zip(b.bandwidth, b.reading))[::2]:
+        print(f"{figure(x, 2) + 'B':>11}   {'█' * max(1, round(36 * y / top)):<36} {y / 1e9:6.1f}      {r / 1e9:6.1f}")
+    xs, ys = (sorted({key[i] for key in b.products}) for i in (0, 1))
+    print("\nfloat32 products, GFLOP/s: [rows × size] · [size × size]")
+    table(["rows", *map(str, ys)], [[x, *(figure(b.products[x, y] / 1e9) for y in ys)] for x in xs])
+
+
+def show_ops(results, todo):
+    """Each op measured, predicted, as a share of its roof; and on accelerators."""
+    print()
+    table(["op (float32)", "FLOPs", "bytes", "FLOP/B", "passes", "measured ms", "predicted", "ratio", "of roof"],
+          [[r["op"] + (", trained" if r["trained"] else ""), figure(r["flops"]), figure(r["bytes"]),
+            figure(r["intensity"]), r["passes"], f"{1e3 * r['measured']:.3f}", f"{1e3 * r['predicted']:.3f}",
+            f"{r['ratio']:.2f}", f"{r['roof_share']:.0%}"] for r in results])
+    good = [sum(1 / x <= r["ratio"] <= x for r in results) for x in (1.25, 1.5)]
+    print(f"within 1.25×: {good[0]} of {len(results)}, within 1.5×: {good[1]}. FLOPs and bytes: the least there is; "
+          "passes: kernels run\n")
+    chips = [ACCELERATORS[n] for n in ON_PAPER]
+    big = ops(LARGE)
+    table([f"µs, bf16, B {LARGE.B} T {LARGE.T} C {LARGE.C}", *(c.name.split(" (")[0] for c in chips)],
+          [[op.name + (", trained" if op.trained else ""), *(figure(1e6 * op_on(op, c)) for c in chips)] for op in big])
+
+
+def draw_roofline(b, results, path):
+    """The roofs of this machine and the ops under them → a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure_, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    x = np.logspace(-2, 3.5, 300)
+    tops = {str(d)[6:]: f for d, f in b.machine.flops.items()}
+    best = max(tops.values())
+    for name, top in tops.items():
+        axes.loglog(x, np.minimum(top, x * b.machine.bandwidth), lw=2, label=f"{name} {figure(top)}FLOP/s, memory "
+                    f"{figure(b.machine.bandwidth)}B/s")
+    cache = max(y for _, y in b.bandwidth)
+    axes.loglog(x, np.minimum(best, x * cache), "--", color="gray", lw=1, label=f"cache {figure(cache)}B/s")
+    for i, r in enumerate(results):
+        axes.plot(r["intensity"], r["flops_per_second"], "o" if r["trained"] else "s", color=f"C{i % 10}", ms=8,
+                  mec="black", mew=0.5, label=r["op"] + (", trained" if r["trained"] else ""))
+    axes.set(xlabel="FLOPs a byte (the least bytes there are)", ylabel="FLOP/s", title=f"Roofline of this machine "
+             f"({b.machine.device})", ylim=(min(r["flops_per_second"] for r in results) / 3, 3 * best))
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with train.replacing(path) as beside:
+        figure_.savefig(beside, format="png", dpi=120)
+    plt.close(figure_)
+
+
+# --- 3. Binaries: what the compiler made of each kernel, for chips that need not be there -----------------------------
+#
+# Each op is called once with tensors of zeros and a driver that compiles what would be launched and launches nothing: so
+# the signatures, constants and tiles are those that the op takes on that chip.
+
+def launches_attention(A, t):
+    for C in (1024, 4096):
+        yield dict(C=C), lambda: A.rms_norm(t(9, C), t(C)).sum().backward()
+    yield dict(D=128), lambda: sum(y.sum() for y in A.rotary(t(2, 32, 5, 128), t(2, 8, 5, 128),
+                                                             torch.arange(5))).backward()
+    yield dict(F=11008), lambda: A.swiglu(t(4, 11008), t(4, 11008)).sum().backward()
+    yield dict(S=4096), lambda: A.attention(t(1, 2, 1, 64), t(1, 1, 4096, 64), t(1, 1, 4096, 64), softcap=2.0,
+                                            alibi=torch.ones(2), window=9).sum().backward()
+    yield dict(V=131072), lambda: A.linear_cross_entropy(t(4, 8), t(131072, 8),
+                                                         torch.zeros(4, dtype=torch.long)).backward()
+
+
+def launches_flash(F, t):
+    table, lengths = torch.zeros(2, 2048, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    for D in (64, 128):
+        pages, scales = t(9, 16, 2, D), torch.ones(9, 16, 2)
+        yield dict(D=D), lambda: F.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D), t(1, 2, 4096, D)).sum().backward()
+        yield dict(D=D, cache="bf16"), lambda: F.flash_decode(t(2, 16, D), pages, pages, table, lengths)
+        yield dict(D=D, cache="int8"), lambda: F.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths,
+                                                              scales, scales)
+
+
+def launches_ssm(S, t):
+    f = lambda *shape: torch.zeros(shape, requires_grad=True)
+    yield dict(K=4), lambda: S.causal_conv1d(t(1, 256, 2048), t(2048, 4), t(2048))[0].sum().backward()
+    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), f(2048, 16), t(1, 256, 16),
+                                               t(1, 256, 16), f(2048))[0].sum().backward()
+    yield dict(P=64, N=128), lambda: S.ssd(t(1, 256, 8, 64), f(1, 256, 8), f(8), t(1, 256, 1, 128), t(1, 256, 1, 128),
+                                           f(8))[0].sum().backward()
+    yield dict(K=128, V=128), lambda: S.gated_delta(t(1, 256, 4, 128), t(1, 256, 4, 128), t(1, 256, 4, 128),
+                                                    f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
+
+
+LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm}
+TARGETS = {   # name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its
+    "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),                        # matrix instructions
+    "sm_90": ("cuda", 90, 32, 228, 64, r"HGMMA|QGMMA|IGMMA|HMMA|IMMA"),
+    "sm_100": ("cuda", 100, 32, 228, 64, r"UTC\w*MMA|HMMA|IMMA"),
+    "gfx942": ("hip", "gfx942", 64, 64, 32, r"v_mfma\w*"),
+    "gfx950": ("hip", "gfx950", 64, 160, 32, r"v_mfma\w*"),
+}
+
+
+class NoDevice:
+    """The driver of a chip that is not there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_ahead(name):
+    """In a process of its own: compile all kernels for a target and print a JSON object for each."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    backend, arch, lanes, *_ = TARGETS[name]
+    driver.set_active(NoDevice(GPUTarget(backend, arch, lanes)))
+    made, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        made.append((kernel, run(kernel, *args, grid=grid, warmup=True, **options)))
+        return made[-1][1]
+    JITFunction.run = compile_only
+    tensor = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    for file, launches in LAUNCHES.items():
+        try:
+            module = importlib.import_module(file)
+        except ImportError as error:
+            print(json.dumps(dict(skipped=f"{file}.py: not here ({error})")), flush=True)
+            continue
+        module.on_kernel = A.on_kernel = flash.on_kernel = lambda x: True
+        seen = set()
+        for config, launch in launches(module, tensor):
+            made.clear()
+            try:
+                launch()
+            except Exception as error:                                       # what a compiler raises is its own affair
+                print(json.dumps(dict(skipped=f"{file}.py {config} for {name}: {type(error).__name__}: "
+                                              f"{str(error).splitlines()[0][:90] if str(error) else ''}")), flush=True)
+            for kernel, binary in made:
+                constants = {kernel.arg_names[path[0]]: value for path, value in binary.src.constants.items()
+                             if len(path) == 1 and isinstance(value, int) and kernel.arg_names[path[0]].isupper()}
+                row = dict(kernel=kernel.__name__, file=f"{file}.py",
+                           config=config | constants | dict(warps=binary.metadata.num_warps,
+                                                            stages=binary.metadata.num_stages), target=name)
+                if repr(row) not in seen:
+                    seen.add(repr(row))
+                    print(json.dumps(row | read_binary(binary, name)), flush=True)
+
+
+def read_binary(binary, name):
+    """A compiled kernel → its numbers: registers a thread, spilled bytes, shared memory, share of the warps that a
+    multiprocessor could hold, matrix instructions, exponentials a thread, and what holds it up.
+    """
+    backend, arch, lanes, shared_kb, most, matrix = TARGETS[name]
+    warps, shared = binary.metadata.num_warps, binary.metadata.shared
+    if backend == "hip":
+        text = binary.asm["amdgcn"]
+        number = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)), default=0)
+        registers, spills = number("vgpr_count"), 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+        by_registers = 4 * min(8, 512 // max(-(-registers // 8) * 8, 8)) // warps
+        exponentials = len(re.findall(r"\bv_exp_f32", text))
+        each = shared
+    else:
+        tools = Path(A.triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(binary.asm["cubin"])
+            call = lambda *words: subprocess.run([*words, path], capture_output=True, text=True).stdout
+            usage, text = call(tools / "cuobjdump", "--dump-resource-usage"), call(tools / "nvdisasm", "-c")
+        registers = max(map(int, re.findall(r"REG:(\d+)", usage)), default=0)
+        spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+        by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps) if registers else most
+        exponentials = text.count("MUFU.EX2")
+        each = shared + 1024
+    found = re.findall(rf"\b({matrix})\b((?:\.\w+)*)", text)
+    kinds = statistics.mode(kind for kind, _ in found) if found else None
+    rooms = dict(registers=by_registers, shared=shared_kb * 1024 // each if each else most, threads=most // warps)
+    programs = min(rooms.values())
+    return dict(registers=registers, spills=spills, shared_bytes=shared, occupancy=round(programs * warps / most, 3),
+                matrix_instruction=kinds, matrix_count=len(found), exponentials=exponentials,
+                occupancy_limit=min(rooms, key=rooms.get), limit=limit(name, found, exponentials, spills))
+
+
+def limit(name, found, exponentials, spills):
+    """What holds a kernel up there: spills; memory where nothing is multiplied by matrix units; else the longer of the
+    products and the exponentials, in clocks of a multiprocessor.
+    """
+    if spills:
+        return "spills"
+    if not found:
+        return "memory"
+    clocks = 0
+    for kind, form in found:
+        m, n, k = (int(x) for x in re.findall(r"\d+", re.search(r"\.(\d+x\d+x\d+)|$", form)[0] or "") or (0, 0, 0))
+        if kind == "HGMMA":
+            clocks += 2 * m * n * k / 4096 / 4                               # four warps share one, here a warp's part
+        elif kind == "HMMA":
+            clocks += 4096 / (2048 if name == "sm_80" else 4096)             # 16 x 8 x 16
+        else:
+            return "products"                                                # its size stands in no register
+    return "exponentials" if 2 * exponentials > clocks else "products"       # 16 a clock: 2 clocks a warp
+
+
+def kernel_rows():
+    """All kernels × targets → (rows, lines about what was skipped), from the cache where no source has changed."""
+    if A.triton is None:
+        raise UserError("Triton is not installed (it runs on Linux): the binaries cannot be made here")
+    here = Path(__file__).resolve().parent
+    sources = [here / f"{name}.py" for name in ("hw_profile", *LAUNCHES)]
+    key = hashlib.sha256(A.triton.__version__.encode()
+                         + b"".join(p.read_bytes() if p.exists() else b"-" for p in sources)).hexdigest()[:16]
+    kept = train.cache_folder() / "kernels" / f"{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    rows, skipped = [], []
+
+    def work(name):
+        program = f"import hw_profile; hw_profile.compile_ahead({name!r})"
+        child = subprocess.Popen([sys.executable, "-c", program], cwd=here, env=env, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in child.stdout:
+            row = json.loads(line)
+            rows.append(row) if "kernel" in row else skipped.append(row["skipped"])
+            bar.update()
+        error = child.stderr.read()
+        if child.wait():
+            skipped.append(f"{name}: {(error.strip().splitlines() or ['failed'])[-1]}")
+
+    with tqdm(desc="compile", unit=" kernels", leave=False, file=sys.stderr, disable=None) as bar:
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(work, TARGETS))
+    rows.sort(key=lambda r: (list(LAUNCHES).index(r["file"][:-3]), list(TARGETS).index(r["target"])))
+    result = rows, sorted(set(skipped))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with train.replacing(kept) as path:
+        path.write_text(json.dumps(result))
+    return result
+
+
+def show_kernels(as_json):
+    """The table of binaries."""
+    rows, skipped = kernel_rows()
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    sizes = lambda config: " ".join(f"{k.replace('BLOCK_', '')}{v}" for k, v in config.items()
+                                    if k in ("C", "D", "F", "S", "V", "K", "N", "P", "BLOCK_M", "BLOCK_N", "cache"))
+    table(["kernel", "sizes", "chip", "regs", "spill", "shared", "occ.", "by", "matrix", "exp", "limit"],
+          [[r["kernel"].strip("_")[:22], sizes(r["config"])[:18], r["target"], r["registers"], r["spills"],
+            r["shared_bytes"], f"{r['occupancy']:.0%}", r["occupancy_limit"][:4],
+            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"]] for r in rows])
+    print("regs, exp: a thread; shared: bytes a program; occ.: warps at once / most, and what bounds it; exp: 2^x written "
+          "\nin the code; limit: what holds it up, by clocks of products and exponentials")
+
+
 # --- 4. Model cost: parameters, FLOPs and bytes by letter of the layer ------------------------------------------------
 
 @dataclass
@@ -473,7 +1204,7 @@ def activation_floats(c):
     """
     C, H, G, D, F = c.dim, c.heads, c.kv_heads, c.head_dim, c.hidden
     rows = 2 + (H + G) * c.qk_norm + H
-    return 4 * C + (H + 2 * G) * D + (H + G) * D + H * D + 4 * F + rows
+    return 4 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 4 * F + rows
 
 
 def training_memory(c, batch, context, recompute, dtype="bf16"):
@@ -873,7 +1604,7 @@ def validate(as_json):
                                   predicted=p, ratio=p / row.measured)))
     else:
         table(["what", "chip", "dtype", "measured", "predicted", "unit", "ratio"],
-              [[f"{r.system} {r.model}"[:44], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
+              [[f"{r.system} {r.model}"[:36], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
                 figure(r.measured, 4), figure(p, 4), r.unit, f"{p / r.measured:.2f}"] for r, p in results])
     out = sys.stderr if as_json else sys.stdout
     whole = sorted(e for kind in errors.values() for e in kind)

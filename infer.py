@@ -229,48 +229,58 @@ def int4_linear_numpy(x, q, scale, zero):
     return y
 
 
-def inverse_factor(H):
-    """H [I, I] → U upper triangular, Uᵀ U = (H + λ diag H)⁻¹, with the least λ of 0.01, 0.1 and 1 for which it can be
-    computed; None where none does (H is not finite). In units of each channel's own size: a channel thousands of times
-    larger than the rest spoils nothing, one that is always 0 has no neighbours.
+def inverse_factor(H, damping):
+    """H [I, I] → U upper triangular, Uᵀ U = (H + damping · diag H)⁻¹; None where it cannot be computed.
+
+    In units of each channel's own size: one thousands of times larger than the rest spoils nothing, one that is always 0
+    has no neighbours.
     """
-    xp, n = _xp(H), len(H)
+    xp, one = _xp(H), _xp(H).zeros_like(H)
+    if not xp.isfinite(H).all():
+        return None
+    one[range(len(H)), range(len(H))] = 1
     size = xp.sqrt(xp.diagonal(H))
     size = xp.where(size > 0, size, xp.ones_like(size))
-    R, one = H / size / size[:, None], xp.zeros_like(H)
-    one[range(n), range(n)] = 1
-    for damping in (0.01, 0.1, 1.0):
-        with contextlib.suppress(xp.linalg.LinAlgError):
-            xp.linalg.cholesky(R + damping * one)                            # an inverse alone would not notice
-            U = xp.linalg.cholesky(xp.linalg.inv(R + damping * one)).T / size
-            if xp.isfinite(U).all():
-                return U
+    with contextlib.suppress(xp.linalg.LinAlgError):
+        L = xp.linalg.cholesky(H / size / size[:, None] + damping * one)     # an inverse alone would not notice
+        L = xp.linalg.inv(L)
+        U = xp.linalg.cholesky(L.T @ L).T / size
+        if xp.isfinite(U).all():
+            return U
     return None
 
 
 def gptq_numpy(w, H, group=64):
-    """w [O, I], H [I, I] → q, scale, zero as of `int4_numpy`, or None where H has no factor. Takes torch tensors as well.
+    """w [O, I], H [I, I] → q, scale, zero as of `int4_numpy`. Takes torch tensors as well.
 
-    Columns of later groups are told of a group's errors together, in one product.
+    Columns go from the largest input to the least, in the grids of the untouched weights. Of rising dampings it takes the
+    first that costs less than rounding to nearest; None where none does.
     """
-    U = inverse_factor(H)
-    if U is None:
-        return None
-    xp, I = _xp(w), w.shape[1]
-    w, parts = w + 0, []
-    for start in range(0, I, group):
-        stop = min(start + group, I)
-        scale, zero = int4_grid(w[:, start:stop])
-        q, errors = xp.zeros_like(w[:, :group]) + 8, xp.zeros_like(w[:, start:stop])
-        for i in range(start, stop):
-            q[:, i - start] = int4_round(w[:, i], scale, zero)
-            e = (w[:, i] - int4_value(q[:, i - start], scale, zero)) / U[i, i]
-            w[:, i + 1:stop] -= e[:, None] * U[i, i + 1:stop]
-            errors[:, i - start] = e
-        w[:, stop:] -= errors @ U[start:stop, stop:]
-        q = xp.concatenate([q, xp.zeros_like(w[:, :1])[:, [0] * (group - q.shape[1])] + 8], 1)
-        parts.append((q, scale, zero))
-    return tuple(xp.stack(part, 1) for part in zip(*parts))
+    xp, (O, I) = _xp(w), w.shape
+    q, scale, zero = int4_numpy(w, group)
+    loss = lambda q: float((((E := int4_weights(q, scale, zero, I) - w) @ H) * E).sum())
+    order = xp.argsort(-xp.diagonal(H))
+    for damping in (0.01, 0.1, 1.0):
+        U = inverse_factor(H[order][:, order], damping)
+        if U is None:
+            continue
+        rest, new = w[:, order], xp.zeros_like(q).reshape(O, -1) + 8
+        for start in range(0, I, GPTQ_BLOCK):                                # those of other blocks are told of a block's
+            stop = min(start + GPTQ_BLOCK, I)                                # errors together, in one product
+            block, errors = rest[:, start:stop] + 0, xp.zeros_like(rest[:, start:stop])
+            for i, column in enumerate(order[start:stop].tolist()):
+                s, z = scale[:, column // group], zero[:, column // group]
+                new[:, column] = int4_round(block[:, i], s, z)
+                errors[:, i] = (block[:, i] - int4_value(new[:, column], s, z)) / U[start + i, start + i]
+                block -= errors[:, i, None] * U[start + i, start:stop]
+            rest[:, stop:] -= errors @ U[start:stop, stop:]
+        new = new.reshape(q.shape)
+        if loss(new) < loss(q):
+            return new, scale, zero
+    return None
+
+
+GPTQ_BLOCK = 64                                                              # columns
 
 
 def awq_numpy(w, H, group=64):
@@ -279,6 +289,8 @@ def awq_numpy(w, H, group=64):
     ‖x_i‖ is the root of H's diagonal. α = 0 is among the ten tried: never worse than rounding to nearest.
     """
     xp = _xp(w)
+    if not xp.isfinite(H).all():
+        return xp.ones_like(w[0])
     size = xp.sqrt(xp.diagonal(H))
     size = xp.clip(size / xp.amax(size), 1e-4, 1) if xp.amax(size) > 0 else xp.ones_like(size)
     best, least = xp.ones_like(size), math.inf
@@ -3913,6 +3925,8 @@ def main(argv=None):
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
         elif args.serve:
+            if llm.processes.size > 1:
+                raise UserError("--serve: one process serves; start it without torchrun")
             serve(llm, args.host, args.port, args.api_key, args.max_queue, args.timeout)
         elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)

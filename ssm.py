@@ -1691,6 +1691,11 @@ class _GatedDelta(torch.autograd.Function):
         return *grads, dS[:, :, 0]
 
 
+def _zeros(x):
+    """In x's place in the graph, whatever x holds."""
+    return x.where(torch.zeros((), dtype=torch.bool, device=x.device), 0)
+
+
 def _check_ssd(op, x, dt, A, B, C, D, state, sequences):
     """What ssd and its step ask: x [..., H, P], and so on. ValueError names what does not fit."""
     _floats(op, x=x)
@@ -1755,7 +1760,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(whole, step, rows, state, cu_seqlens)
     else:
         y, state = whole(*rows, state) if x.numel() else (None, state)
-    return (x * 0 if y is None else y.to(x.dtype)), state
+    return (_zeros(x) if y is None else y.to(x.dtype)), state
 
 
 def ssd_step(x, dt, A, B, C, D=None, state=None):
@@ -1824,7 +1829,7 @@ def gated_delta(q, k, v, decay, beta, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(whole, gated_delta_step, rows, state, cu_seqlens)
     else:
         y, state = _GatedDelta.apply(*rows, state) if v.numel() else (None, state)
-    return (v * 0 if y is None else y.to(v.dtype)), state
+    return (_zeros(v) if y is None else y.to(v.dtype)), state
 
 
 def gated_delta_step(q, k, v, decay, beta, state):

@@ -155,3 +155,30 @@ def test_what_does_not_fit_mamba_is_refused_by_name():
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(4, 4), state=torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match="causal_conv1d: x"):
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(5, 4))
+
+
+def test_the_probes_tasks_ask_what_they_say():
+    rng = np.random.default_rng(0)
+    tokens, targets = Sm.recall(rng, 3, 32, 8)
+    for row, wanted in zip(tokens, targets):
+        pairs = dict(zip(row[0:16:2], row[1:16:2]))
+        asked = np.flatnonzero(wanted >= 0)
+        assert len(pairs) == 8 == len(asked) and all(wanted[i] == pairs[row[i]] and row[i + 1] == wanted[i] for i in asked)
+    tokens, targets = Sm.selective_copying(rng, 2, 40, 5)
+    for row, wanted in zip(tokens, targets):
+        assert row[:35][row[:35] > 0].tolist() == wanted[35:].tolist() and (wanted[:35] < 0).all()
+    tokens, targets = Sm.induction(rng, 2, 30, 0)
+    for row, wanted in zip(tokens, targets):
+        assert row[-1] == 17 and row[np.flatnonzero(row == 17)[0] + 1] == wanted[-1] and (wanted[:-1] < 0).all()
+    tokens, targets = Sm.parity(rng, 2, 9, 0)
+    assert (targets == np.cumsum(tokens == 2, 1) % 2).all()
+
+
+def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sm, "TASKS", {k: Sm.TASKS[k] for k in ("recall, 4 pairs", "parity")})
+    code, out, _ = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)
+    assert code == 0 and (tmp_path / "probe.png").exists() and len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
+    monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
+    assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
+    code, _, err = run(Sm, "--probe", "--minutes", -1)
+    assert code == 2 and "--minutes" in err
