@@ -26,7 +26,7 @@ stand-ins for the choice:
 Mixture of Depths: Raposo et al. 2024, arXiv 2404.02258; the threshold: Expert Threshold routing, arXiv 2603.11535.
 
 `python mod.py` shows what a router chooses on a text, what a routed block saves, and that the forms agree;
-`python mod.py --isoflop` trains routed models and plain ones with equal FLOPs.
+`python mod.py --isoflop` trains routed models and plain ones with equal FLOPs: loss against what they then cost.
 """
 import argparse
 import json
@@ -710,13 +710,15 @@ def isoflop(minutes, out):
 
 @torch.no_grad()
 def token_milliseconds(model, prompt=128, count=64):
-    """Median time of a generated token after a prompt."""
-    states, times = model.states(prompt + count), []
+    """Median time of a generated token after a prompt, on one thread: such products are too small to share."""
+    states, times, threads = model.states(prompt + count), [], torch.get_num_threads()
+    torch.set_num_threads(1)
     model(torch.zeros(1, prompt, dtype=torch.long), states)
     for i in range(count):
         t = time.perf_counter()
         model(torch.full((1, 1), i % 256), states, prompt + i)
         times.append(time.perf_counter() - t)
+    torch.set_num_threads(threads)
     return 1000 * sorted(times)[count // 2]
 
 
