@@ -40,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._library import custom_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -294,11 +295,11 @@ def synchronize(device):
 
 
 def seconds(work, device="cpu", budget=0.03):
-    """The best of repeated runs within `budget` seconds: what the machine does undisturbed. At least three runs."""
+    """The best of repeated runs within `budget` seconds: what the machine does undisturbed. At least five runs."""
     work()
     synchronize(device)
     best, count, end = math.inf, 0, time.perf_counter() + budget
-    while count < 3 or time.perf_counter() < end:
+    while count < 5 or time.perf_counter() < end:
         t = time.perf_counter()
         work()
         synchronize(device)
@@ -311,15 +312,39 @@ class Passes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.made = []
+        self.made, self.touched, self.clock = [], {}, 0
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        own = custom_ops.OPDEFS.get(call._schema.name) if call.namespace == "twin" else None
+        if own:                                                              # flash.py's: what counts is inside
+            with self:
+                return own._init_fn(*args, **(kwargs or {}))
+        if torch._C._dispatch_has_kernel_for_dispatch_key(call.name(), "CompositeImplicitAutograd"):
+            with self:                                                       # made of others: count those
+                out = call.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
         out = call(*args, **(kwargs or {}))
-        self.made += passes_of(call, args, kwargs or {}, out)
+        self.made += [p._replace(moved=self.distances(args, kwargs, out) if p.kind != "view" and i == 0 else p.moved)
+                      for i, p in enumerate(passes_of(call, args, kwargs or {}, out))]
         return out
 
+    def distances(self, *trees):
+        """How much was moved since each tensor was last touched: what a cache must have held to hold it still → a list
+        of (address, bytes, bytes moved since or None). Memory that was let go and taken anew is the same memory.
+        """
+        sizes = {}
+        for x in tree_leaves(trees):
+            if isinstance(x, torch.Tensor) and x.layout is torch.strided:
+                sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), math.prod(
+                    n for n, step in zip(x.shape, x.stride()) if step) * x.element_size())
+        self.clock += sum(sizes.values())
+        moved = [(size, self.clock - self.touched[at] if at in self.touched else None) for at, size in sizes.items()]
+        self.touched |= dict.fromkeys(sizes, self.clock - sum(sizes.values()))
+        return moved
 
-Pass = namedtuple("Pass", "kind flops bytes numbers rows shape")
+
+Pass = namedtuple("Pass", "kind flops bytes numbers rows shape moved", defaults=(None,))
 SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "exp", "_log_softmax": "log_softmax",
         "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", "cos": "cos",
         "sin": "cos", "pow": "pow", "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
@@ -384,7 +409,8 @@ def attention_pass(name, args, kwargs, into, bytes):
     block = 256 if T >= 768 else 64 if T >= 192 else 32
     seen = sum((min(i + block, T) - i) * (min(i + block, S) if causal else S) for i in range(0, T, block))
     return Pass("attention back" if back else "attention", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
-                0, (min(block, T), min(512, S), D, B * H))
+                B * H * sum(-(-(min(i + block, S) if causal else S) // 512) * (min(i + block, T) - i)
+                            for i in range(0, T, block)), (min(block, T), min(512, S), D, B * H))
 
 
 @dataclass
@@ -398,6 +424,7 @@ class Bench:
     products: dict                                                           # (least, size) → FLOP/s, float32
     slow: dict                                                               # kind → seconds a number
     row: float
+    reduced: float                                                           # a row of a reduction
     call: float                                                              # without gradients, and a call of a
     call_train: float                                                        # forward and backward pass
     link: float = None
@@ -415,22 +442,29 @@ class Bench:
         by_size = [np.interp(math.log(size), np.log(ys), [math.log(self.products[x, y]) for y in ys]) for x in xs]
         return float(np.exp(np.interp(math.log(least), np.log(xs), by_size)))
 
-    def seconds(self, p):
-        """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers."""
+    def seconds(self, p, all=0):
+        """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers. What a
+        call had not touched before was touched when it ran last: `all` its bytes ago.
+        """
         memory = p.bytes / self.bytes_per_second(p.bytes)
+        if p.moved:
+            share = p.bytes / max(sum(size for size, _ in p.moved), 1)       # written where it was read: twice
+            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes)) for size, ago in p.moved)
         if p.kind == "view":
             return 0.0
         if p.kind == "matmul":
             return max(memory, p.flops / self.product_rate(*p.shape[:3]))
         if p.kind.startswith("attention"):                                   # scores stay in the cache, but pass it
             rounds = 6 if p.kind.endswith("back") else 3
-            small = rounds * 4 * p.numbers / self.bytes_per_second(2 ** 18)
+            small = (rounds * 4 * p.numbers / self.bytes_per_second(2 ** 18)
+                     + rounds * p.rows * self.reduced)                       # a row's largest, its sum, its part of acc
             return max(memory, p.flops / self.product_rate(*p.shape[:3])) + small + p.numbers * self.slow["exp"]
         return max(memory, p.numbers * self.slow.get(p.kind, 0)) + p.rows * self.row
 
     def predict(self, passes, trained):
         """Seconds of a call: its passes, and the price of calling each."""
-        return sum(map(self.seconds, passes)) + len(passes) * (self.call_train if trained else self.call)
+        all = sum(size for p in passes for size, _ in p.moved or ())
+        return sum(self.seconds(p, all) for p in passes) + len(passes) * (self.call_train if trained else self.call)
 
 
 class _Twice(torch.autograd.Function):
@@ -480,7 +514,8 @@ def bench(device, bar):
         tiny = seconds(lambda: torch.add(a[:1], b[:1], out=c[:1]), kind, 0.003)
         curve.append((12 * len(a), 12 * len(a) / max(t - tiny, t / 8)))
         a = torch.ones(2 ** power // 4, device=kind)
-        reading.append((4 * len(a), 4 * len(a) / max(seconds(a.sum, kind, 0.015) - tiny, 1e-9)))
+        t = seconds(a.sum, kind, 0.015)
+        reading.append((4 * len(a), 4 * len(a) / max(t - tiny, t / 4)))
     step("products by shape")
     products = {}
     for least in (1, 4, 16, 64, 256, 1024):
@@ -499,8 +534,9 @@ def bench(device, bar):
     out = torch.empty(1024, 32, device=kind)
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
+    reduced = max(seconds(lambda: torch.amax(flat, -1), kind) - tiny, 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, slow, row, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, slow, row, reduced, call, call_train, link_rate())
 
 
 def link_rate():
@@ -1168,7 +1204,7 @@ def activation_floats(c):
     """
     C, H, G, D, F = c.dim, c.heads, c.kv_heads, c.head_dim, c.hidden
     rows = 2 + (H + G) * c.qk_norm + H
-    return 4 * C + (H + 2 * G) * D + (H + G) * D + H * D + 4 * F + rows
+    return 4 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 4 * F + rows
 
 
 def training_memory(c, batch, context, recompute, dtype="bf16"):
@@ -1568,7 +1604,7 @@ def validate(as_json):
                                   predicted=p, ratio=p / row.measured)))
     else:
         table(["what", "chip", "dtype", "measured", "predicted", "unit", "ratio"],
-              [[f"{r.system} {r.model}"[:44], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
+              [[f"{r.system} {r.model}"[:36], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
                 figure(r.measured, 4), figure(p, 4), r.unit, f"{p / r.measured:.2f}"] for r, p in results])
     out = sys.stderr if as_json else sys.stdout
     whole = sorted(e for kind in errors.values() for e in kind)
