@@ -7,7 +7,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# --- hw_profile.py: what a model costs, exactly; what others measured, nearly ------------------------------------------
+# --- hw_profile.py: what a model costs, exactly; what others measured, nearly -----------------------------------------
 
 HW_MODELS = [dict(layers="a", dim=32, heads=2, kv_heads=1), dict(layers="aaa", dim=48, heads=3, kv_heads=3, tied=True),
              dict(layers="aa", dim=64, heads=4, kv_heads=2)]
@@ -133,7 +133,8 @@ def test_hw_compare_and_unknown_names():
     code, out, _ = run(Hw, "--compare", "B200,MI455X,TPU v7x")
     assert code == 0 and "announced" in out and max(map(len, out.splitlines())) <= 100
     for flags, near in ((["--accelerator", "H1000"], "H100 SXM"), (["--compare", "MI300"], "MI300X"),
-                        (["--model", "9B"], "8B"), (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
+                        (["--model", "9B"], "8B"),
+                        (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
         code, out, err = run(Hw, *flags)
         assert (code, out) == ((2, "") if near != "MI300X" else (0, out)) and (near in err or near in out)
         assert code == 0 or len(err.splitlines()) == 1
