@@ -403,7 +403,7 @@ def run(x):
 
 
 def attention_pass(name, args, kwargs, into, bytes):
-    """torch's attention on a CPU: blocks of 32, 64 or 256 queries against blocks of 512 keys, whole up to the diagonal."""
+    """torch's attention on a CPU: 32, 64 or 256 queries against blocks of 512 keys, whole up to the diagonal."""
     back = "backward" in name
     q, k = (into[1], into[2]) if back else (into[0], into[1])
     (B, H, T, D), S = q.shape, k.shape[2]
@@ -483,6 +483,11 @@ def reference_calls(layers, x):
     """A few of torch's calls as a module makes them, on tensors so small that only the calls cost."""
     for a, b in layers:
         y = a(x).view(2, 4, -1).transpose(0, 1)
+        if y.shape[1:] != (2, 16) or not torch.is_floating_point(y):
+            raise ValueError(f"reference_calls: {tuple(y.shape)}")
+        out = torch.empty_like(y, requires_grad=False)
+        out[:, 0] = y[torch.arange(4), 1].detach()
+        y = y + out[:, :1].to(x.dtype)
         x = _Twice.apply(b((y * y).transpose(0, 1).reshape(8, -1))) + x
     return x
 
@@ -1355,7 +1360,7 @@ def show_model(c, chips, args):
             r["compute_bound_batch"] or "never",
             figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
     print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: the batch from "
-          f"which a step is held up by arithmetic;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
+          f"which arithmetic holds up a step;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
 
 
 # --- 5. On paper: a service and a training run ------------------------------------------------------------------------
