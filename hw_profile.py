@@ -855,7 +855,13 @@ def launches_ssm(S, t):
                                                     f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
 
 
-LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm}
+def launches_mod(M, t):
+    rows, weight = torch.arange(8).view(1, 8), torch.zeros(1, 8, requires_grad=True)
+    yield dict(C=1024), lambda: M.gather_rows(t(1, 64, 1024), rows).sum().backward()
+    yield dict(C=1024), lambda: M.scatter_add_rows(t(1, 64, 1024), rows, t(1, 8, 1024), weight).sum().backward()
+
+
+LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm, "mod": launches_mod}
 TARGETS = {   # name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its
     "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),                        # matrix instructions
     "sm_90": ("cuda", 90, 32, 228, 64, r"HGMMA|QGMMA|IGMMA|HMMA|IMMA"),
