@@ -856,9 +856,9 @@ def launches_ssm(S, t):
 
 
 def launches_mod(M, t):
-    rows, weight = torch.arange(8).view(1, 8), torch.zeros(1, 8, requires_grad=True)
-    yield dict(C=1024), lambda: M.gather_rows(t(1, 64, 1024), rows).sum().backward()
-    yield dict(C=1024), lambda: M.scatter_add_rows(t(1, 64, 1024), rows, t(1, 8, 1024), weight).sum().backward()
+    rows, weight = torch.arange(8), torch.zeros(8, requires_grad=True)
+    yield dict(C=1024), lambda: M.gather_rows(t(64, 1024), rows).sum().backward()
+    yield dict(C=1024), lambda: M.scatter_add_rows(t(64, 1024), rows, t(8, 1024), weight).sum().backward()
 
 
 LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm, "mod": launches_mod}
