@@ -1033,7 +1033,7 @@ def show_kernels(as_json):
     sizes = lambda config: " ".join(f"{k.replace('BLOCK_', '')}{v}" for k, v in config.items()
                                     if k in ("C", "D", "F", "S", "V", "K", "N", "P", "BLOCK_M", "BLOCK_N", "cache"))
     table(["kernel", "sizes", "chip", "regs", "spill", "shared", "occ.", "by", "matrix", "exp", "limit"],
-          [[r["kernel"].strip("_")[:19], sizes(r["config"])[:13], r["target"], r["registers"], r["spills"],
+          [[r["kernel"].strip("_")[:16], sizes(r["config"])[:13], r["target"], r["registers"], r["spills"],
             r["shared_bytes"], f"{r['occupancy']:.0%}", r["occupancy_limit"][:4],
             f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"][:8]]
            for r in rows])
