@@ -21,7 +21,6 @@ the price of a call are measured, and an op is predicted from the passes over me
 prints the table of accelerators. --compare, --kernels, --model, --plan, --validate: see --help.
 """
 import concurrent.futures
-import contextlib
 import difflib
 import functools
 import hashlib
@@ -56,8 +55,8 @@ from train import Parser, UserError, positive
 #
 # Dense peaks in TFLOP/s (vendors often print twice that, for matrices half of zeros), GB, TB/s, GB/s of all links one
 # way, watts; "best" is the best bfloat16 matrix product that others measured. – is unknown, never zero.
-# Sources: stas00/ml-engineering (August 2026), the vendors' pages, AWS Neuron's documents, the JAX scaling book; the RTX
-# row from NVIDIA's 321 TOPS (sparse int8; bfloat16 with float32 sums runs at an eighth of that on GeForce).
+# Sources: stas00/ml-engineering (August 2026), the vendors' pages, AWS Neuron's documents, the JAX scaling book; the
+# RTX row from NVIDIA's 321 TOPS (sparse int8; bfloat16 with float32 sums runs at an eighth of that on GeForce).
 
 TABLE = """
 name                  vendor year memory bandwidth fp32  tf32   bf16  fp8  int8   fp4  link  watts  best  status
@@ -148,10 +147,10 @@ train|Meta|405B; 15|H100 SXM|–|bf16|–|30840000|hours|Llama 3.1 model card
 train|Meta|405B|H100 SXM|16384|bf16|sequence 8192|41|% MFU|arXiv 2407.21783
 train|DeepSeek|DeepSeek-V3; 14.8|H800 SXM|2048|fp8|–|2664000|hours|arXiv 2412.19437
 train|Google|PaLM-540B|TPU v4|6144|bf16|–|46.2|% MFU|arXiv 2204.02311
-attention|Triton tutorial 06|forward non-causal D128 S4096|H100 SXM|1|fp16|batch 4 heads 32|460|TFLOP/s|facebookexperimental/triton PR 205
-attention|Triton tutorial 06|forward non-causal D128 S16384|H100 SXM|1|fp16|batch 4 heads 32|487|TFLOP/s|facebookexperimental/triton PR 205
-attention|FlashAttention-3|forward non-causal D128 S8192|H100 SXM|1|bf16|batch 4 heads 48|639|TFLOP/s|tritonbench PR 1254
-attention|FlashAttention-3|backward non-causal D128 S8192|H100 SXM|1|bf16|batch 4 heads 48|561|TFLOP/s|tritonbench PR 1256
+attention|Triton|forward S4096|H100 SXM|1|fp16|batch 4 heads 32|460|TFLOP/s|facebookexperimental/triton PR 205
+attention|Triton|forward S16384|H100 SXM|1|fp16|batch 4 heads 32|487|TFLOP/s|facebookexperimental/triton PR 205
+attention|FlashAttention-3|forward S8192|H100 SXM|1|bf16|batch 4 heads 48|639|TFLOP/s|tritonbench PR 1254
+attention|FlashAttention-3|backward S8192|H100 SXM|1|bf16|batch 4 heads 48|561|TFLOP/s|tritonbench PR 1256
 serve|nano-vllm|0.6B|A100 SXM|1|bf16|256 requests, 100–1024 in and out|8670|tok/s|nano-vllm PR 249
 matmul|torch|best shape found|GB200 SXM (per chip)|1|bf16|–|1822|TFLOP/s|ml-engineering
 matmul|torch|best shape found|MI325X|1|bf16|–|784.9|TFLOP/s|ml-engineering
@@ -263,8 +262,8 @@ def show_accelerators(chips, as_json):
                      f"{1e3 * d['read_all_seconds']:.0f}"])
     table(["accelerator", "year", "GB", "TB/s", "fp32", "bf16", "fp8", "fp4", "link", "W", "ridge", "FLOP/J", "all ms"],
           rows)
-    print("dense TFLOP/s; link GB/s one way; ridge FLOP/byte at bf16; all: reading the whole memory once; – unknown"
-          + ("; * announced" if any(c.status == "announced" for c in chips) else ""))
+    print("dense TFLOP/s; link GB/s one way; ridge FLOP/byte at bf16; all: reading all memory; – unknown"
+          + ("\n* announced" if any(c.status == "announced" for c in chips) else ""))
 
 
 def compare(names, as_json):
@@ -308,7 +307,7 @@ def seconds(work, device="cpu", budget=0.03):
 
 
 class Passes(TorchDispatchMode):
-    """What a call makes torch do, one entry a kernel: (kind, FLOPs, bytes, numbers, rows, shape). Views move nothing."""
+    """What a call makes torch do, a `Pass` for each kernel. Views move nothing."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +318,8 @@ class Passes(TorchDispatchMode):
         if own:                                                              # flash.py's: what counts is inside
             with self:
                 return own._init_fn(*args, **(kwargs or {}))
-        if torch._C._dispatch_has_kernel_for_dispatch_key(call.name(), "CompositeImplicitAutograd"):
+        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, call.name())
+        if has("CompositeImplicitAutograd") and not has("CPU"):
             with self:                                                       # made of others: count those
                 out = call.decompose(*args, **(kwargs or {}))
             if out is not NotImplemented:
@@ -345,9 +345,11 @@ class Passes(TorchDispatchMode):
 
 
 Pass = namedtuple("Pass", "kind flops bytes numbers rows shape moved", defaults=(None,))
-SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "exp", "_log_softmax": "log_softmax",
-        "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", "cos": "cos",
-        "sin": "cos", "pow": "pow", "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
+SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "softmax",
+        "_log_softmax": "log_softmax",
+        "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", 
+        "cos": "cos", "sin": "cos", "pow": "pow",
+        "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
 
 
 def passes_of(call, args, kwargs, out):
@@ -401,16 +403,16 @@ def run(x):
 
 
 def attention_pass(name, args, kwargs, into, bytes):
-    """torch's attention on a CPU: blocks of 32, 64 or 256 queries against 512 keys, none beyond the diagonal's block."""
+    """torch's attention on a CPU: 32, 64 or 256 queries against blocks of 512 keys, whole up to the diagonal."""
     back = "backward" in name
     q, k = (into[1], into[2]) if back else (into[0], into[1])
     (B, H, T, D), S = q.shape, k.shape[2]
     causal = any(x is True for x in (*args, *kwargs.values()))
     block = 256 if T >= 768 else 64 if T >= 192 else 32
-    seen = sum((min(i + block, T) - i) * (min(i + block, S) if causal else S) for i in range(0, T, block))
+    seen = sum((min(i + block, T) - i) * (min(-(-(i + block) // 512) * 512, S) if causal else S)
+               for i in range(0, T, block))
     return Pass("attention back" if back else "attention", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
-                B * H * sum(-(-(min(i + block, S) if causal else S) // 512) * (min(i + block, T) - i)
-                            for i in range(0, T, block)), (min(block, T), min(512, S), D, B * H))
+                0, (min(block, T), min(512, S), D, B * H))
 
 
 @dataclass
@@ -422,9 +424,9 @@ class Bench:
     bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
     reading: list                                                            # of a sum
     products: dict                                                           # (least, size) → FLOP/s, float32
+    attention: dict                                                          # kind → (head size, FLOP/s) of torch's own
     slow: dict                                                               # kind → seconds a number
     row: float
-    reduced: float                                                           # a row of a reduction
     call: float                                                              # without gradients, and a call of a
     call_train: float                                                        # forward and backward pass
     link: float = None
@@ -454,11 +456,10 @@ class Bench:
             return 0.0
         if p.kind == "matmul":
             return max(memory, p.flops / self.product_rate(*p.shape[:3]))
-        if p.kind.startswith("attention"):                                   # scores stay in the cache, but pass it
-            rounds = 6 if p.kind.endswith("back") else 3
-            small = (rounds * 4 * p.numbers / self.bytes_per_second(2 ** 18)
-                     + rounds * p.rows * self.reduced)                       # a row's largest, its sum, its part of acc
-            return max(memory, p.flops / self.product_rate(*p.shape[:3])) + small + p.numbers * self.slow["exp"]
+        if p.kind in self.attention:
+            sizes, rates = zip(*self.attention[p.kind])
+            return max(memory, p.flops / min(float(np.interp(p.shape[2], sizes, rates)),
+                                             self.product_rate(*p.shape[:3])))
         return max(memory, p.numbers * self.slow.get(p.kind, 0)) + p.rows * self.row
 
     def predict(self, passes, trained):
@@ -482,6 +483,11 @@ def reference_calls(layers, x):
     """A few of torch's calls as a module makes them, on tensors so small that only the calls cost."""
     for a, b in layers:
         y = a(x).view(2, 4, -1).transpose(0, 1)
+        if y.shape[1:] != (2, 16) or not torch.is_floating_point(y):
+            raise ValueError(f"reference_calls: {tuple(y.shape)}")
+        out = torch.empty_like(y, requires_grad=False)
+        out[:, 0] = y[torch.arange(4), 1].detach()
+        y = y + out[:, :1].to(x.dtype)
         x = _Twice.apply(b((y * y).transpose(0, 1).reshape(8, -1))) + x
     return x
 
@@ -521,22 +527,32 @@ def bench(device, bar):
     for least in (1, 4, 16, 64, 256, 1024):
         for size in (32, 64, 128, 256, 512, 1024) if kind == "cpu" else (256, 1024, 4096):
             a, b = torch.randn(least, size, device=kind), torch.randn(size, size, device=kind)
-            out = torch.empty(least, size, device=kind)
-            products[least, size] = 2 * least * size * size / seconds(lambda: torch.mm(a, b, out=out), kind, 0.02)
+            out, a_t = torch.empty(least, size, device=kind), a.T.contiguous().T
+            spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)             # as they lie in a
+                                    for x, y in ((a, b), (a, b.T), (a_t, b)))                        # forward and a
+            products[least, size] = 2 * least * size * size / spent                                  # backward pass
+    attention = {"attention": [], "attention back": []}
+    for D in (32, 128):                                                      # a primitive as `mm` is, at its own sizes
+        q = torch.randn(1, 2, 384, D, device=kind, requires_grad=True)
+        work = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        y = work()
+        forward, back = seconds(work, kind), seconds(lambda: torch.autograd.grad(y, q, y, retain_graph=True), kind)
+        attention["attention"].append((D, 2 * 384 * 384 * D * 4 / forward))
+        attention["attention back"].append((D, 2 * 384 * 384 * D * 10 / back))
     step("slow functions, rows, calls")
     x, y = torch.rand(128, 256, device=kind), torch.empty(128, 256, device=kind)
     z = x.double() if kind != "mps" else x
     each = lambda work: seconds(work, kind) / x.numel()
     slow = dict(exp=each(lambda: torch.exp(x, out=y)), silu=each(lambda: torch.nn.functional.silu(x)),
-                log_softmax=each(lambda: torch.log_softmax(x, -1)), cos=each(lambda: torch.cos(z)),
+                log_softmax=each(lambda: torch.log_softmax(x, -1)),
+                softmax=each(lambda: torch.softmax(x, -1)), cos=each(lambda: torch.cos(z)),
                 pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)))
     wide, flat = torch.rand(1024, 64, device=kind)[:, :32], torch.rand(1024, 32, device=kind)
     out = torch.empty(1024, 32, device=kind)
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
-    reduced = max(seconds(lambda: torch.amax(flat, -1), kind) - tiny, 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, slow, row, reduced, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, attention, slow, row, call, call_train, link_rate())
 
 
 def link_rate():
@@ -604,7 +620,8 @@ def ops(s):
     def decode(device):
         pages = [torch.randn(s.B * s.T // 16, 16, s.G, s.D, device=device) for _ in range(2)]
         table = torch.arange(s.B * s.T // 16, dtype=torch.int32, device=device).view(s.B, -1)
-        q, lengths = torch.randn(s.B, s.H, s.D, device=device), torch.full((s.B,), s.T, dtype=torch.int32, device=device)
+        lengths = torch.full((s.B,), s.T, dtype=torch.int32, device=device)
+        q = torch.randn(s.B, s.H, s.D, device=device)
         return lambda: flash.flash_decode(q, *pages, table, lengths)
 
     def block(device):
@@ -694,7 +711,7 @@ def hold(bench, op, device):
         work()
     if device == "cpu":
         predicted = bench.predict(passes.made, op.trained)
-    else:                                                                    # our kernels there do what the formula says
+    else:                                                                    # our kernels do what the formula says
         flops, bandwidth = bench.machine.flops[torch.float32], bench.machine.bandwidth
         predicted = max(op.flops / flops, op.bytes / bandwidth) + len(passes.made) * bench.call
     measured = seconds(work, device, 0.4)
@@ -788,7 +805,7 @@ def draw_roofline(b, results, path):
     cache = max(y for _, y in b.bandwidth)
     axes.loglog(x, np.minimum(best, x * cache), "--", color="gray", lw=1, label=f"cache {figure(cache)}B/s")
     for i, r in enumerate(results):
-        axes.plot(r["intensity"], r["flops_per_second"], "o" if r["trained"] else "s", color=f"C{i % 10}", ms=8,
+        axes.plot(r["intensity"], r["flops_per_second"], "o" if r["trained"] else "s", color=plt.cm.tab20(i), ms=8,
                   mec="black", mew=0.5, label=r["op"] + (", trained" if r["trained"] else ""))
     axes.set(xlabel="FLOPs a byte (the least bytes there are)", ylabel="FLOP/s", title=f"Roofline of this machine "
              f"({b.machine.device})", ylim=(min(r["flops_per_second"] for r in results) / 3, 3 * best))
@@ -801,8 +818,8 @@ def draw_roofline(b, results, path):
 
 # --- 3. Binaries: what the compiler made of each kernel, for chips that need not be there -----------------------------
 #
-# Each op is called once with tensors of zeros and a driver that compiles what would be launched and launches nothing: so
-# the signatures, constants and tiles are those that the op takes on that chip.
+# Each op is called once with tensors of zeros and a driver that compiles what would be launched, and launches nothing:
+# so the signatures, constants and tiles are those that the op takes on that chip.
 
 def launches_attention(A, t):
     for C in (1024, 4096):
@@ -820,7 +837,8 @@ def launches_flash(F, t):
     table, lengths = torch.zeros(2, 2048, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     for D in (64, 128):
         pages, scales = t(9, 16, 2, D), torch.ones(9, 16, 2)
-        yield dict(D=D), lambda: F.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D), t(1, 2, 4096, D)).sum().backward()
+        yield dict(D=D), lambda: F.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D),
+                                                   t(1, 2, 4096, D)).sum().backward()
         yield dict(D=D, cache="bf16"), lambda: F.flash_decode(t(2, 16, D), pages, pages, table, lengths)
         yield dict(D=D, cache="int8"), lambda: F.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths,
                                                               scales, scales)
@@ -837,7 +855,13 @@ def launches_ssm(S, t):
                                                     f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
 
 
-LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm}
+def launches_mod(M, t):
+    rows, weight = torch.arange(8), torch.zeros(8, requires_grad=True)
+    yield dict(C=1024), lambda: M.gather_rows(t(64, 1024), rows).sum().backward()
+    yield dict(C=1024), lambda: M.scatter_add_rows(t(64, 1024), rows, t(8, 1024), weight).sum().backward()
+
+
+LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm, "mod": launches_mod}
 TARGETS = {   # name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its
     "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),                        # matrix instructions
     "sm_90": ("cuda", 90, 32, 228, 64, r"HGMMA|QGMMA|IGMMA|HMMA|IMMA"),
@@ -1009,18 +1033,19 @@ def show_kernels(as_json):
     sizes = lambda config: " ".join(f"{k.replace('BLOCK_', '')}{v}" for k, v in config.items()
                                     if k in ("C", "D", "F", "S", "V", "K", "N", "P", "BLOCK_M", "BLOCK_N", "cache"))
     table(["kernel", "sizes", "chip", "regs", "spill", "shared", "occ.", "by", "matrix", "exp", "limit"],
-          [[r["kernel"].strip("_")[:22], sizes(r["config"])[:18], r["target"], r["registers"], r["spills"],
+          [[r["kernel"].strip("_")[:16], sizes(r["config"])[:13], r["target"], r["registers"], r["spills"],
             r["shared_bytes"], f"{r['occupancy']:.0%}", r["occupancy_limit"][:4],
-            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"]] for r in rows])
-    print("regs, exp: a thread; shared: bytes a program; occ.: warps at once / most, and what bounds it; exp: 2^x written "
-          "\nin the code; limit: what holds it up, by clocks of products and exponentials")
+            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"][:8]]
+           for r in rows])
+    print("regs, exp: a thread; shared: bytes a program; occ.: warps at once / most, and what bounds it;\n"
+          "exp: 2^x written in the code; limit: what holds it up, by clocks of products and exponentials")
 
 
 # --- 4. Model cost: parameters, FLOPs and bytes by letter of the layer ------------------------------------------------
 
 @dataclass
 class Shape:
-    """The sizes that cost: letters a block (a attention, s Mamba-2, m Mamba-1; capitals routed by Mixture of Depths)."""
+    """The sizes that cost: a letter a block (a attention, s Mamba-2, m Mamba-1; a capital: Mixture of Depths)."""
     name: str
     layers: str
     dim: int
@@ -1290,35 +1315,6 @@ def model_cost(c, chip, dtype="bf16", batch=1, prompt_tokens=512, context=None, 
         state_bytes=round(2 * k["state"]), compute_bound_batch=compute_bound_batch(c, chip, dtype, context))
 
 
-def show_model(c, chips, args):
-    """A model's sizes, and what it costs on each accelerator."""
-    rows = [model_cost(c, chip, args.dtype, args.batch, args.prompt_tokens, args.context, args.devices)
-            for chip in chips if (peak(chip, "bf16" if args.dtype in ("int8", "int4") else args.dtype)
-                                  or len(chips) == 1)]
-    if not rows:
-        raise UserError(f"--dtype {args.dtype}: none of these accelerators has a known peak for it")
-    if args.json:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    context = rows[0]["context"]
-    k = cost(c, context)
-    kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
-    print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token; forward "
-          f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
-          f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
-          f"{figure(2 * k['state'])}B a sequence\n"
-          f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
-          f"activations {figure(kept)}B a token, {figure(small)}B recomputed\n")
-    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from batch", "train Mtok/day"],
-          [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
-            figure(1e3 * r["decode_seconds_per_token"]), figure(r["tokens_per_second"]), figure(r["tokens_per_joule"]),
-            r["compute_bound_batch"] or "never",
-            figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
-    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: from that batch on "
-          f"a step is held up by arithmetic;\ntraining: bf16, a chip, at {TRAINING:.0%} of its best product")
-
-
 def achieved(row):
     """FLOP/s a chip of a published training run, as a share of the chip's peak in bfloat16."""
     if row.unit == "% MFU":
@@ -1358,19 +1354,19 @@ def show_model(c, chips, args):
     context = rows[0]["context"]
     k = cost(c, context)
     kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
-    print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token; forward "
+    print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token\nforward "
           f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
           f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
           f"{figure(2 * k['state'])}B a sequence\n"
           f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
-          f"activations {figure(kept)}B a token, {figure(small)}B recomputed\n")
-    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from batch", "train Mtok/day"],
+          f"activations\n{figure(kept)}B a token, {figure(small)}B recomputed\n")
+    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from", "train Mtok/day"],
           [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
             figure(1e3 * r["decode_seconds_per_token"]), figure(r["tokens_per_second"]), figure(r["tokens_per_joule"]),
             r["compute_bound_batch"] or "never",
             figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
-    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: from that batch on "
-          f"a step is held up by arithmetic;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
+    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: the batch from "
+          f"which arithmetic holds up a step;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
 
 
 # --- 5. On paper: a service and a training run ------------------------------------------------------------------------
@@ -1440,7 +1436,7 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 def pass_seconds(c, k, chip, dtype, segments, devices):
     """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 1."""
     tokens = sum(stop - start for _, start, stop in segments)
-    seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)                   # keys of all queries
+    seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)  # keys of all queries
     held = sum(stop for _, _, stop in segments)
     head = 2 * c.vocab * c.dim
     scores = mixing_flops(c, "a", 1) * c.layers.lower().count("a")           # a key that a query sees, in all layers

@@ -1794,8 +1794,8 @@ def accept_or_resample_numpy(p, q, drafts, rng):
     """The classic rule of speculative decoding (arXiv 2211.17192, algorithm 1), for one text.
 
     q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted
-    with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and ends
-    the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
+    with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and
+    ends the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
     """
     tokens = []
     for i, x in enumerate(drafts):
@@ -1808,8 +1808,8 @@ def accept_or_resample_numpy(p, q, drafts, rng):
 
 # The engine's rule needs no q. The target's own token at a position is argmax(logits + noise), and the noise depends on
 # (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it
-# is that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule accepts,
-# nearly, and the text is bit for bit the one without drafts.
+# is that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule
+# accepts, nearly, and the text is bit for bit the one without drafts.
 
 class NGram:
     """Drafts from the text itself: what followed the last time that its latest 3 (else 2) tokens stood there."""
@@ -2138,8 +2138,8 @@ class Step(torch.nn.Module):
 class LLM:
     """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made.
 
-    quantize            linear layers in fewer bits: "int8"; in 4 bits "int4", or "gptq", "awq", which are closer; "fp8";
-                        None: as they are
+    quantize            linear layers in fewer bits: "int8"; in 4 bits "int4", or "gptq", "awq", which are closer;
+                        "fp8"; None: as they are
     group_size          weights that share a scale in 4 bits
     calibration         token ids, or what makes them when called, for gptq, awq and wanda: text that is not scored
     prune, sparsity     "magnitude" or "wanda": weights that count least become zero, that share of each row, or "2:4"
@@ -2162,7 +2162,8 @@ class LLM:
 
     def __init__(self, folder, device=None, dtype=None, quantize=None, kv_cache_dtype=None, block_size=16,
                  num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, draft=None,
-                 num_draft_tokens=4, compile=None, group_size=64, calibration=None, prune=None, sparsity=0.5, save=None):
+                 num_draft_tokens=4, compile=None, group_size=64, calibration=None, prune=None, sparsity=0.5,
+                 save=None):
         for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
                             ("max_num_batched_tokens", max_num_batched_tokens), ("num_draft_tokens", num_draft_tokens)):
             if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
@@ -2175,11 +2176,12 @@ class LLM:
         self.model, self.tokenizer = open_folder(folder, device, dtype)
         self.quantize = (self.model.config.raw.get("quantization_config") or {}).get("method")
         if self.quantize and (quantize or prune or self.processes.size > 1):
-            raise UserError(f"{folder}: its weights are in fewer bits already ({self.quantize}); it runs as it is, in one "
-                            "process")
+            raise UserError(f"{folder}: its weights are in fewer bits already ({self.quantize}); it runs as it is, in "
+                            "one process")
         if self.processes.size > 1:
             if prune or save or quantize in ("gptq", "awq"):
-                raise UserError("several processes take int8 or int4 to nearest; pruning, gptq, awq and saving want one")
+                raise UserError("several processes take int8 or int4 to nearest; pruning, gptq, awq and saving want "
+                                "one")
             divide(self.model, self.processes)
         self.told = None
         if quantize or prune:
@@ -2533,8 +2535,8 @@ class LLM:
         """Counts since the start, and what runs and is free now → dict. Known blocks that no request holds are free."""
         s = self.scheduler
         return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens,
-                    preemptions=s.preemptions, prefix_hits=self.blocks.hits, running=len(s.running), waiting=len(s.waiting),
-                    free_blocks=len(self.blocks), total_blocks=self.blocks.total)
+                    preemptions=s.preemptions, prefix_hits=self.blocks.hits, running=len(s.running),
+                    waiting=len(s.waiting), free_blocks=len(self.blocks), total_blocks=self.blocks.total)
 
 
 def bound(llm, machine, batch, context):

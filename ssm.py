@@ -545,8 +545,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             a = tl.exp(dt[:, None] * a_log)
             h = a * before + (dt * x)[:, None] * b[None, :]
             g += r[None, :] * dy[:, None]
-            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed later over
-            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # groups: no atomics
+            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)          # summed later over
+            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)    # groups: no atomics
             du = tl.sum(g * b[None, :], 1)
             da = a * g * before
             dx = du * dt
@@ -2098,7 +2098,8 @@ def seconds_of(op, inputs, tries):
 
 def show_times():
     """Forward and backward over lengths, and from where the state is ahead of attention."""
-    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads (attention: torch's)")
+    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads "
+          "(attention: torch's)")
     names, times = list(heads_of_each(1)), {}
     print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
     for T in LENGTHS:
@@ -2259,7 +2260,8 @@ def probe(minutes, out):
     seconds = 60 * minutes / (len(TASKS) * len(STACKS))
     sizes = {name: sum(w.numel() for w in Probed(letters, 129).parameters()) for name, letters in STACKS.items()}
     print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {PROBE_WIDTH * PROBE_STATE} numbers; "
-          f"up to {seconds:.0f} s each; right answers on fresh rows\n{'':20}" + "".join(f"{name:>14}" for name in STACKS)
+          f"up to {seconds:.0f} s each; right answers on fresh rows\n"
+          f"{'':20}" + "".join(f"{name:>14}" for name in STACKS)
           + f"\n{'parameters':20}" + "".join(f"{size:>14,}" for size in sizes.values()), flush=True)
     for task in TASKS:
         print(f"{task:20}", end="", flush=True)

@@ -487,8 +487,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             a = tl.exp(dt[:, None] * a_log)
             h = a * before + (dt * x)[:, None] * b[None, :]
             g += r[None, :] * dy[:, None]
-            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed later over
-            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # groups: no atomics
+            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)          # summed later over
+            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)    # groups: no atomics
             du = tl.sum(g * b[None, :], 1)
             da = a * g * before
             dx = du * dt

@@ -1,4 +1,4 @@
-# --- 6. The layers: from a stream of tokens to the ops, and back -------------------------------------------------------
+# --- 6. The layers: from a stream of tokens to the ops, and back ------------------------------------------------------
 
 class RecurrentState:
     """The state of a recurrent layer for B sequences in step: the convolution's last inputs `conv` [B, channels, K − 1]

@@ -1276,7 +1276,8 @@ def test_the_probes_tasks_ask_what_they_say():
     for row, wanted in zip(tokens, targets):
         pairs = dict(zip(row[0:16:2], row[1:16:2]))
         asked = np.flatnonzero(wanted >= 0)
-        assert len(pairs) == 8 == len(asked) and all(wanted[i] == pairs[row[i]] and row[i + 1] == wanted[i] for i in asked)
+        assert len(pairs) == 8 == len(asked)
+        assert all(wanted[i] == pairs[row[i]] and row[i + 1] == wanted[i] for i in asked)
     tokens, targets = Sm.selective_copying(rng, 2, 40, 5)
     for row, wanted in zip(tokens, targets):
         assert row[:35][row[:35] > 0].tolist() == wanted[35:].tolist() and (wanted[:35] < 0).all()
@@ -1290,7 +1291,8 @@ def test_the_probes_tasks_ask_what_they_say():
 def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Sm, "TASKS", {k: Sm.TASKS[k] for k in ("recall, 4 pairs", "parity")})
     code, out, _ = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)
-    assert code == 0 and (tmp_path / "probe.png").exists() and len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
+    assert code == 0 and (tmp_path / "probe.png").exists()
+    assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
     monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
     code, _, err = run(Sm, "--probe", "--minutes", -1)
@@ -1610,7 +1612,7 @@ def test_state_space_kernels_at_random_shapes(data):
 
 
 AHEAD_SSM = """
-import ssm2 as Sm
+import ssm as Sm
 def launch(target):
     Sm.on_kernel = A.on_kernel
     t = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
@@ -4955,7 +4957,7 @@ def test_hw_parameters_flops_and_cache_are_exact(sizes, T):
     model, shape = hw_model(**sizes)
     k = Hw.cost(shape, T)
     assert k["params"] == sum(w.numel() for w in model.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.zeros(2, T, dtype=torch.long))
     assert counter.get_total_flops() == 2 * T * k["flops"]
     states = model.new_states(3, T)
@@ -4989,7 +4991,7 @@ def test_hw_activations_are_what_autograd_keeps(sizes):
 
 @pytest.mark.parametrize("name,params", [("0.6B", 596_049_920), ("8B", 8_030_261_248), ("70B", 70_553_706_496),
                                          ("405B", 405_853_388_800), ("Llama-2-7B", 6_738_415_616),
-                                         ("Mamba2-1.3B", 1_343_714_304), ("Mamba-2.8B", 2_768_345_600)])
+                                         ("Mamba-2.8B", 2_768_345_600)])
 def test_hw_knows_the_models_that_all_know(name, params):
     """Parameters as their cards and transformers count them."""
     assert Hw.cost(Hw.MODELS[name], 1)["params"] == params
@@ -5063,7 +5065,8 @@ def test_hw_compare_and_unknown_names():
     code, out, _ = run(Hw, "--compare", "B200,MI455X,TPU v7x")
     assert code == 0 and "announced" in out and max(map(len, out.splitlines())) <= 100
     for flags, near in ((["--accelerator", "H1000"], "H100 SXM"), (["--compare", "MI300"], "MI300X"),
-                        (["--model", "9B"], "8B"), (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
+                        (["--model", "9B"], "8B"),
+                        (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
         code, out, err = run(Hw, *flags)
         assert (code, out) == ((2, "") if near != "MI300X" else (0, out)) and (near in err or near in out)
         assert code == 0 or len(err.splitlines()) == 1

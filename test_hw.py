@@ -7,7 +7,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# --- hw_profile.py: what a model costs, exactly; what others measured, nearly ------------------------------------------
+# --- hw_profile.py: what a model costs, exactly; what others measured, nearly -----------------------------------------
 
 HW_MODELS = [dict(layers="a", dim=32, heads=2, kv_heads=1), dict(layers="aaa", dim=48, heads=3, kv_heads=3, tied=True),
              dict(layers="aa", dim=64, heads=4, kv_heads=2)]
@@ -25,7 +25,7 @@ def test_hw_parameters_flops_and_cache_are_exact(sizes, T):
     model, shape = hw_model(**sizes)
     k = Hw.cost(shape, T)
     assert k["params"] == sum(w.numel() for w in model.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.zeros(2, T, dtype=torch.long))
     assert counter.get_total_flops() == 2 * T * k["flops"]
     states = model.new_states(3, T)
@@ -59,7 +59,7 @@ def test_hw_activations_are_what_autograd_keeps(sizes):
 
 @pytest.mark.parametrize("name,params", [("0.6B", 596_049_920), ("8B", 8_030_261_248), ("70B", 70_553_706_496),
                                          ("405B", 405_853_388_800), ("Llama-2-7B", 6_738_415_616),
-                                         ("Mamba2-1.3B", 1_343_714_304), ("Mamba-2.8B", 2_768_345_600)])
+                                         ("Mamba-2.8B", 2_768_345_600)])
 def test_hw_knows_the_models_that_all_know(name, params):
     """Parameters as their cards and transformers count them."""
     assert Hw.cost(Hw.MODELS[name], 1)["params"] == params
@@ -133,7 +133,8 @@ def test_hw_compare_and_unknown_names():
     code, out, _ = run(Hw, "--compare", "B200,MI455X,TPU v7x")
     assert code == 0 and "announced" in out and max(map(len, out.splitlines())) <= 100
     for flags, near in ((["--accelerator", "H1000"], "H100 SXM"), (["--compare", "MI300"], "MI300X"),
-                        (["--model", "9B"], "8B"), (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
+                        (["--model", "9B"], "8B"),
+                        (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
         code, out, err = run(Hw, *flags)
         assert (code, out) == ((2, "") if near != "MI300X" else (0, out)) and (near in err or near in out)
         assert code == 0 or len(err.splitlines()) == 1

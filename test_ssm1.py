@@ -165,7 +165,8 @@ def test_the_probes_tasks_ask_what_they_say():
     for row, wanted in zip(tokens, targets):
         pairs = dict(zip(row[0:16:2], row[1:16:2]))
         asked = np.flatnonzero(wanted >= 0)
-        assert len(pairs) == 8 == len(asked) and all(wanted[i] == pairs[row[i]] and row[i + 1] == wanted[i] for i in asked)
+        assert len(pairs) == 8 == len(asked)
+        assert all(wanted[i] == pairs[row[i]] and row[i + 1] == wanted[i] for i in asked)
     tokens, targets = Sm.selective_copying(rng, 2, 40, 5)
     for row, wanted in zip(tokens, targets):
         assert row[:35][row[:35] > 0].tolist() == wanted[35:].tolist() and (wanted[:35] < 0).all()
@@ -179,7 +180,8 @@ def test_the_probes_tasks_ask_what_they_say():
 def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Sm, "TASKS", {k: Sm.TASKS[k] for k in ("recall, 4 pairs", "parity")})
     code, out, _ = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)
-    assert code == 0 and (tmp_path / "probe.png").exists() and len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
+    assert code == 0 and (tmp_path / "probe.png").exists()
+    assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
     monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
     code, _, err = run(Sm, "--probe", "--minutes", -1)

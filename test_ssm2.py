@@ -2,7 +2,7 @@ from test_all import *
 
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-import ssm2 as Sm
+import ssm as Sm
 os.environ.pop("TRITON_INTERPRET", None)
 
 
@@ -319,7 +319,7 @@ def test_state_space_kernels_at_random_shapes(data):
 
 
 AHEAD_SSM = """
-import ssm2 as Sm
+import ssm as Sm
 def launch(target):
     Sm.on_kernel = A.on_kernel
     t = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
