@@ -260,13 +260,14 @@ def _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K: tl.constexpr, mask):
 
 
 @jit
-def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr,
+def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, LAST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr,
                        BLOCK_C: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     first = tl.load(FIRST + t, mask=t < N, other=0)                          # where the token's own sequence begins
+    last = tl.load(LAST + t, mask=t < N, other=0)                            # and ends: at t itself, if it has none
     seq = tl.load(SEQ + t, mask=t < N, other=0).to(tl.int64)
-    mask = (t < N)[:, None] & (c < C)
+    mask = (t < last)[:, None] & (c < C)
     z = _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K, mask)
     tl.store(Y + t[:, None] * C + c, z / (1 + tl.exp(-z)), mask=mask)
 
@@ -314,12 +315,10 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx, x, w, bias, state, cu_seqlens):
         (B, T, C), K = x.shape, w.shape[1]
         rows = x.reshape(B * T, C) if x.stride(-1) == 1 else x.contiguous().view(B * T, C)
-        places, y = _places(cu_seqlens, B, T, x.device), x.new_empty(B, T, C)
+        places, y = _places(cu_seqlens, B, T, x.device), x.new_zeros(B, T, C)    # zeros past the last offset
         grid = triton.cdiv(B * T, 32), triton.cdiv(C, 64)
-        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K,
-                                 BLOCK_T=32, BLOCK_C=64)
-        if cu_seqlens is not None:
-            y[0, int(cu_seqlens[-1]):] = 0
+        _causal_conv1d_fwd[grid](rows, w, bias, state, *places, y, B * T, C, rows.stride(0), K=K, BLOCK_T=32,
+                                 BLOCK_C=64)
         ctx.save_for_backward(rows, w, bias, state, cu_seqlens, *places)
         ctx.shape = x.shape
         return y
@@ -342,13 +341,21 @@ def _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T):
     """dstate: of the first K − 1 tokens of each sequence alone, in torch."""
     K1, x, dy = state.shape[2], rows.view(B, T, -1), dy.view(B, T, -1)
     with torch.enable_grad():
-        before, parts = state.detach().requires_grad_(), []
+        before = state.detach().requires_grad_()
+        total = before[:0].sum()                                             # where no sequence has a token
         for s, (b, i, j) in enumerate(_sequences(x, cu_seqlens)):
             j = min(j, i + K1)
             y, _ = _conv_in_torch(x[b:b + 1, i:j].detach(), w.detach(), None if bias is None else bias.detach(),
                                   before[s:s + 1])
-            parts.append((y * dy[b:b + 1, i:j]).sum())
-        return torch.autograd.grad(torch.stack(parts).sum(), before)[0]
+            total = total + (y * dy[b:b + 1, i:j]).sum()
+        return torch.autograd.grad(total, before)[0]
+
+
+def _conv_silu(line, w, bias):
+    """line [B, C, K − 1 + T] → [B, C, T], summed in float32 whatever the dtypes."""
+    wide = torch.promote_types(torch.float32, line.dtype)
+    z = F.conv1d(line.to(wide), w.to(wide)[:, None], None if bias is None else bias.to(wide), groups=len(w))
+    return F.silu(z).to(line.dtype)
 
 
 def _conv_in_torch(x, w, bias, state):
@@ -359,7 +366,7 @@ def _conv_in_torch(x, w, bias, state):
     after = line[:, :, line.shape[2] - (K - 1):]
     if not x.shape[1]:
         return x, after
-    return F.silu(F.conv1d(line, w[:, None], bias, groups=x.shape[2])).mT, after
+    return _conv_silu(line, w, bias).mT, after
 
 
 def _tails(x, state, cu_seqlens, B, T, K):
@@ -395,6 +402,7 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     if state is not None and state.shape != (sequences, C, K - 1):
         raise ValueError(f"causal_conv1d: state {tuple(state.shape)} must be {(sequences, C, K - 1)}")
     if on_kernel(x):
+        w, bias, state = (a if a is None else a.contiguous() for a in (w, bias, state))
         return _CausalConv1d.apply(x, w, bias, state, cu_seqlens), _tails(x, state, cu_seqlens, B, T, K)
     if cu_seqlens is None:
         return _conv_in_torch(x, w, bias, state)
@@ -410,7 +418,7 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
         column = torch.tensor([K - 1 + k for _, count in own for k in range(count)], device=x.device)
         at = torch.tensor(at, device=x.device)
         heads = heads.index_put((row[:, None], torch.arange(C, device=x.device), column[:, None]), x[0, at])
-        first = F.silu(F.conv1d(heads, w[:, None], bias, groups=C))          # [n, C, K − 1]
+        first = _conv_silu(heads, w, bias)                                   # [n, C, K − 1]
         y = y.index_copy(1, at, first[row, :, column - (K - 1)][None])
     if ends[-1] < T:
         y = torch.cat([y[:, :ends[-1]], torch.zeros_like(y[:, ends[-1]:])], dim=1)
@@ -419,12 +427,12 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
 
 def causal_conv1d_step(x, w, bias=None, state=None):
     """One token of each sequence: x [B, C], state [B, C, K − 1] → (y [B, C], state)."""
-    if state is None or x.ndim != 2 or state.shape != (*x.shape, w.shape[1] - 1):
-        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state "
-                         f"{None if state is None else tuple(state.shape)} must be [B, C] and [B, C, {w.shape[1] - 1}]")
+    if x.ndim != 2 or len(w) != x.shape[1] or state is None or state.shape != (*x.shape, w.shape[1] - 1):
+        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, w {tuple(w.shape)}, state "
+                         f"{None if state is None else tuple(state.shape)} must be [B, C], [C, K], [B, C, K − 1]")
     line = torch.cat([state.to(x.dtype), x[:, :, None]], dim=2)
-    z = (line * w).sum(-1)
-    return F.silu(z if bias is None else z + bias), line[:, :, 1:]
+    z = (line.to(torch.promote_types(torch.float32, x.dtype)) * w).sum(-1)
+    return F.silu(z if bias is None else z + bias).to(x.dtype), line[:, :, 1:]
 
 
 # --- 4. Mamba: a scan that chooses ------------------------------------------------------------------------------------
@@ -534,7 +542,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             b = tl.load(B + t * N + n, mask=n < N, other=0.).to(tl.float32)
             h = tl.exp(dt[:, None] * a_log) * h + (dt * x)[:, None] * b[None, :]
-        for i in range(0, stop - start):
+        tl.debug_barrier()                                                   # a small tile lies in several warps, and
+        for i in range(0, stop - start):                                     # one of them has stored for all
             t = stop - 1 - i
             x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -557,6 +566,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             tl.store(dDT + t * CHANNELS + c, tl.sum(da * a_log, 1) + du * x, mask=c < CHANNELS)
             da_sum += da * dt[:, None]
             g = a * g
+        tl.debug_barrier()                                                   # all have read before it is overwritten
     tl.store(dA + seq * CHANNELS * N + place, da_sum, mask=mask)
     tl.store(dD + seq * CHANNELS + c, dd_sum, mask=c < CHANNELS)
     tl.store(dS + seq * CHANNELS * N + place, g, mask=mask)
@@ -733,8 +743,8 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     if on_kernel(x):
         cu = torch.arange(rows + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens
         flat = [a.flatten(0, 1).contiguous() for a in (x, dt, B, C)]
-        before = None if state is None else state.contiguous()
-        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, before, cu)
+        D, state = (a if a is None else a.contiguous() for a in (D, state))
+        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, state, cu)
         return y.view(x.shape), after
     wide = torch.promote_types(torch.float32, kind)
     x, dt, A, B, C, D = (a if a is None else a.to(wide) for a in (x, dt, A, B, C, D))
@@ -745,7 +755,7 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(lambda x, dt, B, C, state: _ScanInPieces.apply(x, dt, A, B, C, D, state),
                                   lambda x, dt, B, C, state: selective_scan_step(x, dt, A, B, C, D, state),
                                   (x, dt, B, C), state, cu_seqlens)
-        y = torch.zeros_like(x) if y is None else y
+        y = F.pad(x[:, :0], [0, 0, 0, T]) if y is None else y                # no sequence has a token
     return y.to(kind), state
 
 

@@ -143,6 +143,56 @@ def test_in_pieces_and_in_steps_it_is_the_whole(op):
         close(b, Sm.selective_scan_numpy(*args)[1], 1e-11)
 
 
+@pytest.mark.parametrize("way", ["torch", "kernel"])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_mamba_takes_tensors_as_they_lie(op, way):
+    """Every argument a slice or transposed: the same numbers as of its copy."""
+    args, _ = inputs_of(op, 8, 11, False)
+    whole = [torch.tensor(a).float() for a in args]
+    lying = [torch.stack([a, a + 1], -1)[..., 0] if a.ndim == 1 else a.mT.contiguous().mT for a in whole]
+    with kernels() if way == "kernel" else contextlib.nullcontext():
+        want, got = (gradients(lambda *a: getattr(Sm, op)(*a[:-1], state=a[-1]), *given) for given in (whole, lying))
+    for a, b in zip(want[0] + want[1], got[0] + got[1]):
+        close(b, a.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("way", ["torch", "kernel"])
+@pytest.mark.parametrize("cu", [(0,), (0, 0), (0, 0, 0), (0, 0, 4, 4, 6)])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_packs_with_no_token_hand_their_states_on(op, cu, way):
+    args, _ = inputs_of(op, 4, 9, True)
+    n, K1 = len(cu) - 1, args[-1].shape[-1]
+    *given, _ = (torch.tensor(a).float().requires_grad_() for a in args)
+    state = randn(n, args[-1].shape[1], K1, seed=3).float().requires_grad_()
+    with kernels() if way == "kernel" else contextlib.nullcontext():
+        y, end = getattr(Sm, op)(*given, state=state, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+        dx, dstate = torch.autograd.grad(y.sum() + (2 * end).sum(), (given[0], state), allow_unused=True)
+    assert y.shape == given[0].shape and not y[:, cu[-1]:].any() and (dx is None or not dx[:, cu[-1]:].any())
+    for i in range(n):
+        if cu[i] == cu[i + 1]:
+            assert torch.equal(end[i], state[i]) and (dstate[i] == 2).all()
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["torch", "kernel", "step"])
+def test_half_precision_beside_single_weights_is_summed_in_single(way, cast):
+    args, _ = inputs_of("causal_conv1d", 3, 20, False)
+    x, w, bias, state = (torch.tensor(a).to(d) for a, d in zip(args, (cast, torch.float32, torch.float32, cast)))
+    wanted, end = Sm.causal_conv1d_numpy(*(a.double().numpy() for a in (x, w, bias, state)))
+    if way == "step":
+        y, after = Sm.causal_conv1d_step(x[:, 0], w, bias, state)
+        wanted, end = wanted[:, 0], np.concatenate([state.double().numpy(), x[:, :1].double().numpy().swapaxes(1, 2)],
+                                                   2)[:, :, 1:]
+    else:
+        with kernels() if way == "kernel" else contextlib.nullcontext():
+            y, after = Sm.causal_conv1d(x.requires_grad_(), w.requires_grad_(), bias, state.requires_grad_())
+            (y.float().sum() + after.float().sum()).backward()
+        assert all(a.grad.isfinite().all() and a.grad.dtype == a.dtype for a in (x, w, state))
+    assert y.dtype == cast == after.dtype and np.array_equal(after.detach().double().numpy(), end)
+    error = np.abs(y.detach().double().numpy() - wanted)
+    assert (error <= torch.finfo(cast).eps * np.abs(wanted) + 1e-6).all()   # one rounding: nothing was summed in half
+
+
 def test_what_does_not_fit_mamba_is_refused_by_name():
     (x, dt, A, B, C, D, state), _ = inputs_of("selective_scan", 1, 7, False)
     x, dt, A, B, C, D, state = map(torch.tensor, (x, dt, A, B, C, D, state))
@@ -157,6 +207,8 @@ def test_what_does_not_fit_mamba_is_refused_by_name():
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(4, 4), state=torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match="causal_conv1d: x"):
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="causal_conv1d_step: x .*, w"):
+        Sm.causal_conv1d_step(torch.zeros(2, 4), torch.zeros(1, 4), state=torch.zeros(2, 4, 3))
 
 
 def test_the_probes_tasks_ask_what_they_say():
