@@ -331,8 +331,8 @@ class _CausalConv1d(torch.autograd.Function):
         dy, tiles = dy.contiguous(), triton.cdiv(B * T, 32)
         dx, dw, dbias = dy.new_empty(B, T, C), w.new_empty(tiles, C, K, dtype=torch.float32), torch.empty(
             tiles, C, device=dy.device)
-        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T,
-                                                      C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
+        _causal_conv1d_bwd[tiles, triton.cdiv(C, 32)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T,
+                                                      C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=32, num_warps=8)
         return (dx, dw.sum(0).to(w.dtype), None if bias is None else dbias.sum(0).to(bias.dtype),
                 None if state is None else _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T), None)
 
