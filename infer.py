@@ -446,9 +446,10 @@ class Compressed(torch.nn.Module):
 
 
 PACKED = weakref.WeakValueDictionary()                                       # a compiled graph can hold a number, not such
+PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 OPS = torch.library.Library("twin", "DEF")                                   # an object: number → the layer that has it
 OPS.define("int8_linear(Tensor x, int number, int outputs) -> Tensor")
-OPS.impl("int8_linear", lambda x, number, outputs: PACKED[number].product(x), "CPU")
+OPS.impl("int8_linear", lambda x, number, outputs: PRODUCT(x, 1 / 63, 64, PACKED[number].packed), "CPU")
 torch.library.register_fake("twin::int8_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs), lib=OPS)
 
 
@@ -480,7 +481,7 @@ class Int8(Compressed):
 
     def product(self, x):
         """x [..., I] within ±1 → [..., O]."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, self.packed)
+        return PRODUCT(x, 1 / 63, 64, self.packed)
 
     def forward(self, x):
         if self.packed is None:
