@@ -1,7 +1,7 @@
 from test_all import *
 
 
-# --- infer.py: fewer bits a weight --------------------------------------------------------------------------------------
+# --- infer.py: fewer bits a weight ------------------------------------------------------------------------------------
 
 def correlated(rng, N, I):
     """Inputs as layers see them: channels of very different size that know of each other."""
@@ -108,7 +108,8 @@ def test_pruning_keeps_what_counts_most(seed, sparsity):
         infer.wanda_numpy(w[:, :-1], norms[:-1], "2:4")
 
 
-SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6), (0, 8, 8, 4)]
+SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6),
+          (0, 8, 8, 4)]
 
 
 @pytest.mark.parametrize("N, I, O, group", SHAPES)
@@ -149,7 +150,8 @@ def launch(target):
     for N in (1, 8, 512):
         x = torch.zeros(N, 4096, dtype=torch.bfloat16)
         infer.int8_linear(x, torch.zeros(4096, 4096, dtype=torch.int8), torch.zeros(4096))
-        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), torch.zeros(4096, 64, 2, dtype=torch.bfloat16), 64)
+        steps = torch.zeros(4096, 64, 2, dtype=torch.bfloat16)
+        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), steps, 64)
 """
 
 
@@ -269,7 +271,8 @@ def test_pruned_folders_are_plain_folders(tmp_path):
     m = infer.LLM(folder, prune="magnitude", sparsity="2:4")
     w = m.model.blocks[0].mlp.down.weight
     assert ((w.view(-1, 4) == 0).sum(1) == 2).all()
-    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude", "--sparsity", "2:4")
+    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude",
+                       "--sparsity", "2:4")
     assert code == 2 and "in fours" in err.splitlines()[-1] and "Traceback" not in err
 
 
