@@ -446,7 +446,7 @@ class Compressed(torch.nn.Module):
         return sum(b.numel() * b.element_size() for b in self.buffers()) + (0 if self.packed is None else self.read())
 
 
-PACKED = weakref.WeakValueDictionary()                                       # number → layer: a graph can hold a number,
+PACKED = weakref.WeakValueDictionary()                                       # number → layer: a graph can hold one,
 PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 OPS = torch.library.Library("twin", "DEF")                                   # but not what packed weights are
 OPS.define("int8_linear(Tensor x, int number, int outputs) -> Tensor")
@@ -2716,7 +2716,7 @@ SCORED = 2 ** 16                                                             # b
 
 def compare(args):
     """Each way to compress a model, measured → a table, compare.png and a recommendation. The text that is scored is
-    not the text that calibrates. Each model is written to a folder and read back, so sizes and bits are those of a user.
+    not the text that calibrates. Each model is written to a folder and read back: a user's sizes and bits.
     """
     ways = ["float32", "int8", "int4", "awq", "gptq"]
     device = train.pick_device(args.device)
@@ -2745,8 +2745,8 @@ def compare(args):
             show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:8.1f} "
                  f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
                  f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
-        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, {base['disk'] / best['disk']:.1f} "
-             f"times smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
+        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
+             f"{base['disk'] / best['disk']:.1f} times smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
     plot_compared(rows, Path("compare.png"))
 
 
