@@ -135,16 +135,16 @@ def quicken(model):
 #     int4       w_oi ≈ s_og (q_oi − 8) + z_og q in 0 … 15; g = i div group: a scale and a middle for each group
 #     fp8        w_oi ≈ s_o q_oi               q in e4m3, 4 bits of exponent and 3 of fraction: the largest becomes ±448
 #
-# What rounding costs the layer is not ‖E‖² of the weights, E = Q(W) − W, but ‖E Xᵀ‖² = tr(E H Eᵀ), H = Xᵀ X, of inputs X
-# [N, I] of calibration text. int4 rounds to nearest; two ways to round that know H:
+# What rounding costs the layer is not ‖E‖² of the weights, E = Q(W) − W, but ‖E Xᵀ‖² = tr(E H Eᵀ), H = Xᵀ X, of inputs
+# X [N, I] of calibration text. int4 rounds to nearest; two ways to round that know H:
 #
 #     gptq       column by column, what rounding costs is made good by the columns to come:  Uᵀ U = (H + λ diag H)⁻¹,
 #                e = (w_i − ŵ_i) / U_ii,  w_j ← w_j − e U_ij for j > i          (Frantar et al., arXiv 2210.17323)
 #     awq        W diag(c) is rounded, and x / c read: c_i = ‖x_i‖^α gives channels that say much finer steps; α by the
 #                least tr(E H Eᵀ)                                               (Lin et al., arXiv 2306.00978)
 #
-# Pruning sets weights to zero: those of least |w_oi| (magnitude) or of least |w_oi| ‖x_i‖ (Wanda, arXiv 2306.11695), half
-# of each row or two of each four. One text serves NumPy and torch: `xp` is the one of the two.
+# Pruning sets weights to zero: those of least |w_oi| (magnitude) or of least |w_oi| ‖x_i‖ (Wanda, arXiv 2306.11695),
+# half of each row or two of each four. One text serves NumPy and torch: `xp` is the one of the two.
 
 def _xp(x):
     return np if isinstance(x, np.ndarray) else torch
@@ -174,8 +174,7 @@ def bf16(x):
 
 
 def grouped(w, group):
-    """w [O, I] → [O, G, group]; where I does not divide, the last group is filled with the last column: its extremes stay.
-    """
+    """w [O, I] → [O, G, group]; where I does not divide, the last group is filled with the last column."""
     w = _xp(w).concatenate([w, w[:, [w.shape[1] - 1] * (-w.shape[1] % group)]], 1)
     return w.reshape(len(w), -1, group)
 
@@ -213,7 +212,7 @@ def int4_grid(w):
 
 
 def int4_numpy(w, group=64):
-    """w [O, I] → q [O, G, group] in 0 … 15, scale, zero [O, G]: each group to the nearest. Takes torch tensors as well."""
+    """w [O, I] → q [O, G, group] in 0 … 15, scale, zero [O, G]: each group to the nearest. Takes tensors too."""
     w = grouped(w, group)
     scale, zero = int4_grid(w)
     return int4_round(w, scale[..., None], zero[..., None]), scale, zero
@@ -235,8 +234,8 @@ def int4_linear_numpy(x, q, scale, zero):
 def inverse_factor(H, damping):
     """H [I, I] → U upper triangular, Uᵀ U = (H + damping · diag H)⁻¹; None where it cannot be computed.
 
-    In units of each channel's own size: one thousands of times larger than the rest spoils nothing, one that is always 0
-    has no neighbours.
+    In units of each channel's own size: one thousands of times larger than the rest spoils nothing, one that is
+    always 0 has no neighbours.
     """
     xp, one = _xp(H), _xp(H).zeros_like(H)
     if not xp.isfinite(H).all():
@@ -256,8 +255,8 @@ def inverse_factor(H, damping):
 def gptq_numpy(w, H, group=64):
     """w [O, I], H [I, I] → q, scale, zero as of `int4_numpy`. Takes torch tensors as well.
 
-    Columns go from the largest input to the least, in the grids of the untouched weights. Of rising dampings it takes the
-    first that costs less than rounding to nearest; None where none does.
+    Columns go from the largest input to the least, in the grids of the untouched weights. Of rising dampings it takes
+    the first that costs less than rounding to nearest; None where none does.
     """
     xp, (O, I) = _xp(w), w.shape
     q, scale, zero = int4_numpy(w, group)
@@ -268,7 +267,7 @@ def gptq_numpy(w, H, group=64):
         if U is None:
             continue
         rest, new = w[:, order], xp.zeros_like(q).reshape(O, -1) + 8
-        for start in range(0, I, GPTQ_BLOCK):                                # those of other blocks are told of a block's
+        for start in range(0, I, GPTQ_BLOCK):                                # other blocks' columns hear of its
             stop = min(start + GPTQ_BLOCK, I)                                # errors together, in one product
             block, errors = rest[:, start:stop] + 0, xp.zeros_like(rest[:, start:stop])
             for i, column in enumerate(order[start:stop].tolist()):
@@ -310,8 +309,8 @@ def awq_numpy(w, H, group=64):
 def wanda_numpy(w, norms, sparsity=0.5):
     """w [O, I], norms [I] of the inputs → the weights to keep, [O, I] of bool. Ones for norms: by magnitude alone.
 
-    sparsity: the share of each row that goes, or "2:4", two of each four in a row; ValueError where 4 does not divide I.
-    Takes torch tensors as well.
+    sparsity: the share of each row that goes, or "2:4", two of each four in a row; ValueError where 4 does not divide
+    I. Takes torch tensors as well.
     """
     xp, score = _xp(w), abs(w) * norms
     if sparsity == "2:4":
@@ -322,8 +321,8 @@ def wanda_numpy(w, norms, sparsity=0.5):
 
 
 # The kernels: weights are read once, in their bits, and become numbers in registers. One row is a sum, as memory is the
-# bound; more are a matrix product, of 16 rows or many a program. x [N, I], y [N, O], in int4 two weights a byte: the low
-# halves are the first half of a group.
+# bound; more are a matrix product, of 16 rows or many a program. x [N, I], y [N, O], in int4 two weights a byte: the
+# low halves are the first half of a group.
 
 @jit
 def _int8_row(X, Q, S, Y, O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -388,7 +387,8 @@ def _int4_rows(X, P, SZ, Y, N, O, I, G, GROUP: tl.constexpr, BLOCK_N: tl.constex
 def int8_linear(x, q, scale):
     """x [..., I], q int8 [O, I], scale [O] → x Wᵀ [..., O] by the kernels, x as it is."""
     if q.ndim != 2 or x.shape[-1] != q.shape[1] or scale.shape != q.shape[:1]:
-        raise ValueError(f"int8_linear: x {tuple(x.shape)}, q {tuple(q.shape)} and scale {tuple(scale.shape)} do not fit")
+        raise ValueError(f"int8_linear: x {tuple(x.shape)}, q {tuple(q.shape)} and scale {tuple(scale.shape)} "
+                         "do not fit")
     (O, I), rows = q.shape, x.reshape(-1, x.shape[-1]).contiguous()
     y, N = x.new_empty(*x.shape[:-1], O), len(rows)
     if 0 < N <= ONE:
@@ -448,11 +448,13 @@ class Compressed(torch.nn.Module):
         return sum(b.numel() * b.element_size() for b in self.buffers()) + (0 if self.packed is None else self.read())
 
 
-PACKED = weakref.WeakValueDictionary()                                       # a compiled graph can hold a number, not such
-OPS = torch.library.Library("twin", "DEF")                                   # an object: number → the layer that has it
+PACKED = weakref.WeakValueDictionary()                                       # number → layer: a graph can hold one,
+PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+OPS = torch.library.Library("twin", "DEF")                                   # but not what packed weights are
 OPS.define("int8_linear(Tensor x, int number, int outputs) -> Tensor")
-OPS.impl("int8_linear", lambda x, number, outputs: PACKED[number].product(x), "CPU")
-torch.library.register_fake("twin::int8_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs), lib=OPS)
+OPS.impl("int8_linear", lambda x, number, outputs: PRODUCT(x, 1 / 63, 64, PACKED[number].packed), "CPU")
+torch.library.register_fake("twin::int8_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs),
+                            lib=OPS)
 
 
 class Int8(Compressed):
@@ -483,7 +485,7 @@ class Int8(Compressed):
 
     def product(self, x):
         """x [..., I] within ±1 → [..., O]."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, self.packed)
+        return PRODUCT(x, 1 / 63, 64, self.packed)
 
     def forward(self, x):
         if self.packed is None:
@@ -501,8 +503,8 @@ NUMBERS = itertools.count()
 
 
 class Int4(Compressed):
-    """Weights in groups of 4 bits, two a byte. On a CPU few rows go to torch's packed product, which wants bfloat16; for
-    many the weights are unpacked, as then arithmetic is the bound.
+    """Weights in groups of 4 bits, two a byte. On a CPU few rows go to torch's packed product, which wants bfloat16;
+    for many the weights are unpacked, as then arithmetic is the bound.
     """
     FEW = 24
 
@@ -547,7 +549,7 @@ class Int4(Compressed):
 
 
 class Fp8(Compressed):
-    """Weights and, row by row, inputs in e4m3: products that GPUs from compute capability 8.9 on do twice as many of."""
+    """Weights and, row by row, inputs in e4m3: products that GPUs of capability 8.9 do twice as many of."""
 
     def __init__(self, linear, group=None):
         super().__init__(linear)
@@ -568,8 +570,8 @@ class Fp8(Compressed):
 
 
 class Table(torch.nn.Module):
-    """An embedding in int8, a scale a row: a lookup reads one row, so this is for the memory alone. It stays apart from a
-    tied head, which has bits of its own.
+    """An embedding in int8, a scale a row: a lookup reads one row, so this is for the memory alone. It stays apart from
+    a tied head, which has bits of its own.
     """
 
     def __init__(self, embed):
@@ -578,7 +580,7 @@ class Table(torch.nn.Module):
         scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
         self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.like = w.new_zeros(()).expand(w.shape)                          # what others ask for device, dtype and shape
+        self.like = w.new_zeros(()).expand(w.shape)                          # asked for device, dtype and shape
 
     @property
     def weight(self):
@@ -592,7 +594,8 @@ def linears(model):
     """(path, parent, name, layer) of a model's linear layers, but for those that steer, and are small."""
     for path, module in list(model.named_modules()):
         for name, linear in list(module.named_children()):
-            if isinstance(linear, torch.nn.Linear) and not {"dt_proj", "router", "predictor"} & {*path.split("."), name}:
+            steers = {"dt_proj", "router", "predictor"} & {*path.split("."), name}
+            if isinstance(linear, torch.nn.Linear) and not steers:
                 yield f"{path}.{name}" if path else name, module, name, linear
 
 
@@ -694,7 +697,7 @@ def compress(model, quantize=None, group_size=64, ids=None, prune=None, sparsity
     bar = train.tqdm(parts, total=len(model.blocks) + 1, desc=quantize or prune, leave=False, **train.quiet_bar())
     for part, H in bar:
         places = [place for place in linears(model) if place[0].startswith(part)]
-        for path, parent, name, linear in reversed(places):                  # down before up, which awq may divide for it
+        for path, parent, name, linear in reversed(places):                  # down before up, which it may divide
             I = linear.weight.shape[1]
             h = H.get(path, torch.zeros(I, I, device=linear.weight.device, dtype=torch.float64)) if known else None
             if prune and path != "head":
@@ -728,12 +731,12 @@ def ready(model):
 
 
 def save_compressed(model, tokenizer, folder):
-    """Write a compressed model, before `ready`, as a folder that `open_folder` reads: tensors by their place in Model."""
+    """Write a compressed model, before `ready`, as a folder for `open_folder`: tensors by their place in Model."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         quantized = model.config.raw.get("quantization_config")
-        train.save(model, tokenizer, folder, {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
-                   if quantized else None)
+        tensors = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+        train.save(model, tokenizer, folder, tensors if quantized else None)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
 
@@ -2180,8 +2183,7 @@ class LLM:
                             "one process")
         if self.processes.size > 1:
             if prune or save or quantize in ("gptq", "awq"):
-                raise UserError("several processes take int8 or int4 to nearest; pruning, gptq, awq and saving want "
-                                "one")
+                raise UserError("several processes take int8 and int4; pruning, gptq, awq and saving want one")
             divide(self.model, self.processes)
         self.told = None
         if quantize or prune:
@@ -2718,8 +2720,8 @@ SCORED = 2 ** 16                                                             # b
 
 
 def compare(args):
-    """Each way to compress a model, measured → a table, compare.png and a recommendation. The text that is scored is not
-    the text that calibrates. Each model is written to a folder and read back, so sizes and bits are those of a user.
+    """Each way to compress a model, measured → a table, compare.png and a recommendation. The text that is scored is
+    not the text that calibrates. Each model is written to a folder and read back: a user's sizes and bits.
     """
     ways = ["float32", "int8", "int4", "awq", "gptq"]
     device = train.pick_device(args.device)
@@ -2748,8 +2750,8 @@ def compare(args):
             show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:8.1f} "
                  f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
                  f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
-        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, {base['disk'] / best['disk']:.1f} times "
-             f"smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
+        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
+             f"{base['disk'] / best['disk']:.1f} times smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
     plot_compared(rows, Path("compare.png"))
 
 
@@ -2759,7 +2761,8 @@ def compared(args, way, corpus, text, machine, folder):
     if way == "float32":
         made, folder = None, Path(args.model)
     else:
-        made = LLM(args.model, **options, quantize=way, group_size=args.group_size, calibration=corpus.train, save=folder)
+        made = LLM(args.model, **options, quantize=way, group_size=args.group_size, calibration=corpus.train,
+                   save=folder)
     llm = made or LLM(folder, **options)
     row = dict(way=way, bits_per_byte=score(llm, text)["bits_per_byte"], memory=memory_held(llm.model),
                disk=sum(p.stat().st_size for p in folder.glob("*.safetensors")))
@@ -3745,11 +3748,13 @@ def arguments():
                    help="of weights and cache (float32 on a CPU, else the folder's)")
     p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are); int4 "
                    "rounds to nearest, gptq and awq are the same size and closer, by calibration text")
-    p.add_argument("--group-size", type=positive(int), default=64, help="weights that share a scale in 4 bits (%(default)s)")
+    p.add_argument("--group-size", type=positive(int), default=64,
+                   help="weights that share a scale in 4 bits (%(default)s)")
     p.add_argument("--data", help="calibration text for gptq, awq and wanda: a file, a folder or a glob, of which the "
                    "training part is read (the Python standard library)")
     p.add_argument("--prune", choices=PRUNED, help="set the weights that count least to zero")
-    p.add_argument("--sparsity", type=sparsity, default=0.5, help="their share of each row, or 2:4, two of four (%(default)s)")
+    p.add_argument("--sparsity", type=sparsity, default=0.5,
+                   help="their share of each row, or 2:4, two of four (%(default)s)")
     p.add_argument("--save", metavar="DIR", help="write the compressed model, and end unless there is a prompt")
     p.add_argument("--compare", action="store_true", help="measure each way to compress the model: a table, a plot "
                    "(compare.png) and which to take")

@@ -1254,6 +1254,56 @@ def test_in_pieces_and_in_steps_it_is_the_whole(op):
         close(b, Sm.selective_scan_numpy(*args)[1], 1e-11)
 
 
+@pytest.mark.parametrize("way", ["torch", "kernel"])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_mamba_takes_tensors_as_they_lie(op, way):
+    """Every argument a slice or transposed: the same numbers as of its copy."""
+    args, _ = inputs_of(op, 8, 11, False)
+    whole = [torch.tensor(a).float() for a in args]
+    lying = [torch.stack([a, a + 1], -1)[..., 0] if a.ndim == 1 else a.mT.contiguous().mT for a in whole]
+    with kernels() if way == "kernel" else contextlib.nullcontext():
+        want, got = (gradients(lambda *a: getattr(Sm, op)(*a[:-1], state=a[-1]), *given) for given in (whole, lying))
+    for a, b in zip(want[0] + want[1], got[0] + got[1]):
+        close(b, a.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("way", ["torch", "kernel"])
+@pytest.mark.parametrize("cu", [(0,), (0, 0), (0, 0, 0), (0, 0, 4, 4, 6)])
+@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+def test_packs_with_no_token_hand_their_states_on(op, cu, way):
+    args, _ = inputs_of(op, 4, 9, True)
+    n, K1 = len(cu) - 1, args[-1].shape[-1]
+    *given, _ = (torch.tensor(a).float().requires_grad_() for a in args)
+    state = randn(n, args[-1].shape[1], K1, seed=3).float().requires_grad_()
+    with kernels() if way == "kernel" else contextlib.nullcontext():
+        y, end = getattr(Sm, op)(*given, state=state, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+        dx, dstate = torch.autograd.grad(y.sum() + (2 * end).sum(), (given[0], state), allow_unused=True)
+    assert y.shape == given[0].shape and not y[:, cu[-1]:].any() and (dx is None or not dx[:, cu[-1]:].any())
+    for i in range(n):
+        if cu[i] == cu[i + 1]:
+            assert torch.equal(end[i], state[i]) and (dstate[i] == 2).all()
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["torch", "kernel", "step"])
+def test_half_precision_beside_single_weights_is_summed_in_single(way, cast):
+    args, _ = inputs_of("causal_conv1d", 3, 20, False)
+    x, w, bias, state = (torch.tensor(a).to(d) for a, d in zip(args, (cast, torch.float32, torch.float32, cast)))
+    wanted, end = Sm.causal_conv1d_numpy(*(a.double().numpy() for a in (x, w, bias, state)))
+    if way == "step":
+        y, after = Sm.causal_conv1d_step(x[:, 0], w, bias, state)
+        wanted, end = wanted[:, 0], np.concatenate([state.double().numpy(), x[:, :1].double().numpy().swapaxes(1, 2)],
+                                                   2)[:, :, 1:]
+    else:
+        with kernels() if way == "kernel" else contextlib.nullcontext():
+            y, after = Sm.causal_conv1d(x.requires_grad_(), w.requires_grad_(), bias, state.requires_grad_())
+            (y.float().sum() + after.float().sum()).backward()
+        assert all(a.grad.isfinite().all() and a.grad.dtype == a.dtype for a in (x, w, state))
+    assert y.dtype == cast == after.dtype and np.array_equal(after.detach().double().numpy(), end)
+    error = np.abs(y.detach().double().numpy() - wanted)
+    assert (error <= torch.finfo(cast).eps * np.abs(wanted) + 1e-6).all()   # one rounding: nothing was summed in half
+
+
 def test_what_does_not_fit_mamba_is_refused_by_name():
     (x, dt, A, B, C, D, state), _ = inputs_of("selective_scan", 1, 7, False)
     x, dt, A, B, C, D, state = map(torch.tensor, (x, dt, A, B, C, D, state))
@@ -1268,6 +1318,8 @@ def test_what_does_not_fit_mamba_is_refused_by_name():
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(4, 4), state=torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match="causal_conv1d: x"):
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="causal_conv1d_step: x .*, w"):
+        Sm.causal_conv1d_step(torch.zeros(2, 4), torch.zeros(1, 4), state=torch.zeros(2, 4, 3))
 
 
 def test_the_probes_tasks_ask_what_they_say():
@@ -2746,13 +2798,15 @@ def test_int8_linear_is_its_numpy_twin(N, I, O):
         row = np.abs(x).max(1, keepdims=True)
         for packed in (True, False):
             layer = infer.Int8(linear)
-            if not packed:                                                   # where a machine has no int8 product
-                layer.packed, layer.q, layer.scale = None, torch.from_numpy(q), torch.from_numpy(scale)
+            if packed:
+                layer.ready()
+            else:                                                            # where a machine has no int8 product
+                assert np.array_equal(layer.q.numpy(), q)
                 twin = x @ (scale[:, None] * q).T + linear.bias.numpy()
             difference = np.abs(layer(torch.from_numpy(x)).numpy() - twin)
             unit = row / 63 * np.abs(w).max(1)                               # one x may be rounded the other way
             assert (difference <= 1.01 * unit + 1e-6).all() and (difference <= 1e-4 * unit + 2e-5).mean() > 0.98
-        layer = infer.Int8(linear)
+        layer = infer.Int8(linear).ready()
         rows = [layer(torch.from_numpy(x[i:i + 1])) for i in range(N)]       # a row does not see the others
         assert torch.equal(torch.cat(rows), layer(torch.from_numpy(x)))
         assert torch.equal(layer(torch.zeros(2, I)), linear.bias.expand(2, -1))
@@ -2763,7 +2817,7 @@ def test_int8_weights_predict_as_well(trained):
     m, exact = infer.LLM(trained, quantize="int8"), llm(trained)
     text = (HERE / "attention.py").read_text()[:6000]
     a, b = (infer.score(x, text)["bits_per_byte"] for x in (m, exact))
-    assert a != b and abs(a / b - 1) < 2e-3 and m.weight_bytes * 4 == exact.weight_bytes
+    assert a != b and abs(a / b - 1) < 2e-3 and 3.5 < exact.weight_bytes / m.weight_bytes < 4
     prompts = [START, START + "x", "import"]
     together = m.generate(prompts, max_tokens=12, seed=[1, 2, 3])
     assert [r.tokens for r in together] == [m.generate(p, max_tokens=12, seed=i + 1)[0].tokens
@@ -3857,7 +3911,8 @@ def test_pruning_keeps_what_counts_most(seed, sparsity):
         infer.wanda_numpy(w[:, :-1], norms[:-1], "2:4")
 
 
-PACKED_SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6), (0, 8, 8, 4)]
+PACKED_SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6),
+          (0, 8, 8, 4)]
 
 
 @pytest.mark.parametrize("N, I, O, group", PACKED_SHAPES)
@@ -3898,7 +3953,8 @@ def launch(target):
     for N in (1, 8, 512):
         x = torch.zeros(N, 4096, dtype=torch.bfloat16)
         infer.int8_linear(x, torch.zeros(4096, 4096, dtype=torch.int8), torch.zeros(4096))
-        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), torch.zeros(4096, 64, 2, dtype=torch.bfloat16), 64)
+        steps = torch.zeros(4096, 64, 2, dtype=torch.bfloat16)
+        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), steps, 64)
 """
 
 
@@ -3951,15 +4007,15 @@ def stack(letters, tmp_path, tied=False, dim=64, hidden=192):
     return folder
 
 
-TEXT = np.frombuffer((HERE / "attention.py").read_bytes()[:3000], np.uint8)
+CODE = np.frombuffer((HERE / "attention.py").read_bytes()[:3000], np.uint8)
 
 
 @pytest.mark.parametrize("letters, tied", [("aa", True), ("ad", False), ("sm", False), ("aA", False)])
 @pytest.mark.parametrize("quantize", ["int8", "int4", "gptq", "awq"])
 def test_every_layer_of_every_stack_is_compressed_saved_and_read_back(letters, tied, quantize, tmp_path):
-    folder, text = stack(letters, tmp_path, tied), bytes(TEXT[:400]).decode()
+    folder, text = stack(letters, tmp_path, tied), bytes(CODE[:400]).decode()
     exact = infer.score(infer.LLM(folder), text)["bits_per_byte"]
-    m = infer.LLM(folder, quantize=quantize, group_size=48, calibration=TEXT, save=tmp_path / "small")
+    m = infer.LLM(folder, quantize=quantize, group_size=48, calibration=CODE, save=tmp_path / "small")
     assert not list(infer.linears(m.model)) and m.told["layers"] == sum(
         isinstance(layer, infer.Compressed) for layer in m.model.modules()) and not m.told["nearest"]
     assert not any(isinstance(x, infer.Compressed) for name, x in m.model.named_modules()
@@ -3986,7 +4042,7 @@ def test_a_tied_model_keeps_its_embeddings_when_the_head_gets_fewer_bits(tmp_pat
     folder = stack("a", tmp_path, True)
     w = infer.LLM(folder).model.embed.weight
     for quantize in ("int4", "awq", "gptq"):
-        m = infer.LLM(folder, quantize=quantize, calibration=TEXT)
+        m = infer.LLM(folder, quantize=quantize, calibration=CODE)
         error = (m.model.embed(torch.arange(len(w))) - w).abs().amax(1) / w.abs().amax(1)
         assert (error <= 0.5001 / 127).all() and m.model.embed.weight.shape == w.shape
 
@@ -4018,7 +4074,8 @@ def test_pruned_folders_are_plain_folders(tmp_path):
     m = infer.LLM(folder, prune="magnitude", sparsity="2:4")
     w = m.model.blocks[0].mlp.down.weight
     assert ((w.view(-1, 4) == 0).sum(1) == 2).all()
-    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude", "--sparsity", "2:4")
+    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude",
+                       "--sparsity", "2:4")
     assert code == 2 and "in fours" in err.splitlines()[-1] and "Traceback" not in err
 
 
@@ -4050,10 +4107,10 @@ def test_folders_of_fewer_bits_that_are_broken_or_anothers_are_refused(tmp_path)
 
 
 def test_one_short_sentence_is_enough_for_gptq(tmp_path):
-    m = infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=TEXT[:5])
+    m = infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=CODE[:5])
     assert m.told["layers"] == 5 and not m.told["nearest"]
     with pytest.raises(train.UserError, match="fewer than two"):
-        infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=TEXT[:1])
+        infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=CODE[:1])
     with pytest.raises(ValueError, match="calibration"):
         infer.LLM(stack("a", tmp_path), quantize="awq")
 
@@ -4061,7 +4118,7 @@ def test_one_short_sentence_is_enough_for_gptq(tmp_path):
 def test_a_layer_without_a_usable_hessian_is_rounded_and_named(tmp_path):
     model, _ = train.load(stack("aa", tmp_path))
     model.blocks[1].mlp_norm.weight.data[0] = math.nan
-    told = infer.compress(model, "gptq", 64, TEXT)
+    told = infer.compress(model, "gptq", 64, CODE)
     assert "blocks.1.mlp.gate_up" in told["nearest"] and "blocks.0.mlp.gate_up" not in told["nearest"]
 
 

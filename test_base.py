@@ -1901,13 +1901,15 @@ def test_int8_linear_is_its_numpy_twin(N, I, O):
         row = np.abs(x).max(1, keepdims=True)
         for packed in (True, False):
             layer = infer.Int8(linear)
-            if not packed:                                                   # where a machine has no int8 product
-                layer.packed, layer.q, layer.scale = None, torch.from_numpy(q), torch.from_numpy(scale)
+            if packed:
+                layer.ready()
+            else:                                                            # where a machine has no int8 product
+                assert np.array_equal(layer.q.numpy(), q)
                 twin = x @ (scale[:, None] * q).T + linear.bias.numpy()
             difference = np.abs(layer(torch.from_numpy(x)).numpy() - twin)
             unit = row / 63 * np.abs(w).max(1)                               # one x may be rounded the other way
             assert (difference <= 1.01 * unit + 1e-6).all() and (difference <= 1e-4 * unit + 2e-5).mean() > 0.98
-        layer = infer.Int8(linear)
+        layer = infer.Int8(linear).ready()
         rows = [layer(torch.from_numpy(x[i:i + 1])) for i in range(N)]       # a row does not see the others
         assert torch.equal(torch.cat(rows), layer(torch.from_numpy(x)))
         assert torch.equal(layer(torch.zeros(2, I)), linear.bias.expand(2, -1))
@@ -1918,7 +1920,7 @@ def test_int8_weights_predict_as_well(trained):
     m, exact = infer.LLM(trained, quantize="int8"), llm(trained)
     text = (HERE / "attention.py").read_text()[:6000]
     a, b = (infer.score(x, text)["bits_per_byte"] for x in (m, exact))
-    assert a != b and abs(a / b - 1) < 2e-3 and m.weight_bytes * 4 == exact.weight_bytes
+    assert a != b and abs(a / b - 1) < 2e-3 and 3.5 < exact.weight_bytes / m.weight_bytes < 4
     prompts = [START, START + "x", "import"]
     together = m.generate(prompts, max_tokens=12, seed=[1, 2, 3])
     assert [r.tokens for r in together] == [m.generate(p, max_tokens=12, seed=i + 1)[0].tokens

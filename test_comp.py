@@ -1,7 +1,7 @@
 from test_all import *
 
 
-# --- infer.py: fewer bits a weight --------------------------------------------------------------------------------------
+# --- infer.py: fewer bits a weight ------------------------------------------------------------------------------------
 
 def correlated(rng, N, I):
     """Inputs as layers see them: channels of very different size that know of each other."""
@@ -108,7 +108,8 @@ def test_pruning_keeps_what_counts_most(seed, sparsity):
         infer.wanda_numpy(w[:, :-1], norms[:-1], "2:4")
 
 
-SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6), (0, 8, 8, 4)]
+SHAPES = [(1, 7, 5, 4), (1, 130, 37, 64), (2, 288, 20, 256), (3, 64, 33, 32), (9, 66, 70, 64), (17, 40, 65, 6),
+          (0, 8, 8, 4)]
 
 
 @pytest.mark.parametrize("N, I, O, group", SHAPES)
@@ -149,7 +150,8 @@ def launch(target):
     for N in (1, 8, 512):
         x = torch.zeros(N, 4096, dtype=torch.bfloat16)
         infer.int8_linear(x, torch.zeros(4096, 4096, dtype=torch.int8), torch.zeros(4096))
-        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), torch.zeros(4096, 64, 2, dtype=torch.bfloat16), 64)
+        steps = torch.zeros(4096, 64, 2, dtype=torch.bfloat16)
+        infer.int4_linear(x, torch.zeros(4096, 64, 32, dtype=torch.uint8), steps, 64)
 """
 
 
@@ -202,15 +204,15 @@ def stack(letters, tmp_path, tied=False, dim=64, hidden=192):
     return folder
 
 
-TEXT = np.frombuffer((HERE / "attention.py").read_bytes()[:3000], np.uint8)
+CODE = np.frombuffer((HERE / "attention.py").read_bytes()[:3000], np.uint8)
 
 
 @pytest.mark.parametrize("letters, tied", [("aa", True), ("ad", False), ("sm", False), ("aA", False)])
 @pytest.mark.parametrize("quantize", ["int8", "int4", "gptq", "awq"])
 def test_every_layer_of_every_stack_is_compressed_saved_and_read_back(letters, tied, quantize, tmp_path):
-    folder, text = stack(letters, tmp_path, tied), bytes(TEXT[:400]).decode()
+    folder, text = stack(letters, tmp_path, tied), bytes(CODE[:400]).decode()
     exact = infer.score(infer.LLM(folder), text)["bits_per_byte"]
-    m = infer.LLM(folder, quantize=quantize, group_size=48, calibration=TEXT, save=tmp_path / "small")
+    m = infer.LLM(folder, quantize=quantize, group_size=48, calibration=CODE, save=tmp_path / "small")
     assert not list(infer.linears(m.model)) and m.told["layers"] == sum(
         isinstance(layer, infer.Compressed) for layer in m.model.modules()) and not m.told["nearest"]
     assert not any(isinstance(x, infer.Compressed) for name, x in m.model.named_modules()
@@ -237,7 +239,7 @@ def test_a_tied_model_keeps_its_embeddings_when_the_head_gets_fewer_bits(tmp_pat
     folder = stack("a", tmp_path, True)
     w = infer.LLM(folder).model.embed.weight
     for quantize in ("int4", "awq", "gptq"):
-        m = infer.LLM(folder, quantize=quantize, calibration=TEXT)
+        m = infer.LLM(folder, quantize=quantize, calibration=CODE)
         error = (m.model.embed(torch.arange(len(w))) - w).abs().amax(1) / w.abs().amax(1)
         assert (error <= 0.5001 / 127).all() and m.model.embed.weight.shape == w.shape
 
@@ -269,7 +271,8 @@ def test_pruned_folders_are_plain_folders(tmp_path):
     m = infer.LLM(folder, prune="magnitude", sparsity="2:4")
     w = m.model.blocks[0].mlp.down.weight
     assert ((w.view(-1, 4) == 0).sum(1) == 2).all()
-    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude", "--sparsity", "2:4")
+    code, _, err = run(infer, "x", "--model", stack("a", tmp_path, dim=68, hidden=90), "--prune", "magnitude",
+                       "--sparsity", "2:4")
     assert code == 2 and "in fours" in err.splitlines()[-1] and "Traceback" not in err
 
 
@@ -301,10 +304,10 @@ def test_folders_of_fewer_bits_that_are_broken_or_anothers_are_refused(tmp_path)
 
 
 def test_one_short_sentence_is_enough_for_gptq(tmp_path):
-    m = infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=TEXT[:5])
+    m = infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=CODE[:5])
     assert m.told["layers"] == 5 and not m.told["nearest"]
     with pytest.raises(train.UserError, match="fewer than two"):
-        infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=TEXT[:1])
+        infer.LLM(stack("a", tmp_path), quantize="gptq", calibration=CODE[:1])
     with pytest.raises(ValueError, match="calibration"):
         infer.LLM(stack("a", tmp_path), quantize="awq")
 
@@ -312,7 +315,7 @@ def test_one_short_sentence_is_enough_for_gptq(tmp_path):
 def test_a_layer_without_a_usable_hessian_is_rounded_and_named(tmp_path):
     model, _ = train.load(stack("aa", tmp_path))
     model.blocks[1].mlp_norm.weight.data[0] = math.nan
-    told = infer.compress(model, "gptq", 64, TEXT)
+    told = infer.compress(model, "gptq", 64, CODE)
     assert "blocks.1.mlp.gate_up" in told["nearest"] and "blocks.0.mlp.gate_up" not in told["nearest"]
 
 

@@ -1097,8 +1097,7 @@ def load(folder, device=None, dtype=None):
     generation = folder / "generation_config.json"
     config = parse_config(raw, read_json(generation) if generation.exists() else None)
     if raw.get("quantization_config"):
-        raise UserError(f"{folder}: its weights are in fewer bits; infer.py runs it, the folder it was made from "
-                        "trains")
+        raise UserError(f"{folder}: its weights are in fewer bits: infer.py runs it, what it was made from trains")
     dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = empty_model(config, dtype, device)
