@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")                                # tensors here are small: threads cost time
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
