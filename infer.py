@@ -16,27 +16,43 @@ its bound.
     sampling  token = argmax(logits / temperature + g),  g = −log(−log u), u uniform in (0, 1): Gumbel-max, the same
               distribution as softmax. u is a hash of (seed, choice, position, token) and of nothing else, so a seeded
               text does not depend on what else is in the batch, on the order of requests, or on the machine's load.
+    serve     one thread reads and writes sockets, one takes requests apart, one owns the model: none holds up another.
+              A text that no one waits for any more gives its blocks back at once.
 
     drafts    tokens guessed ahead, checked several in one pass: the weights are read once for all of them. The noise is
               keyed, so a guess holds where it is the token that is drawn, and the text is the one without guesses.
 
 `python infer.py "def fibonacci(n):"` streams from out/; `--model DIR` takes any folder of ours or a Hugging Face Qwen3,
-Qwen2, Llama, Mistral or Mamba-2; `--score FILE`, `--bench`, `--bench-serving`; without a prompt, on a terminal, it asks for one.
+Qwen2, Llama, Mistral or Mamba-2; `--serve` speaks OpenAI's interface; `--score FILE`, `--bench`, `--bench-serving`,
+`--compare`; without a prompt, on a terminal, it asks for one.
 """
 import argparse
+import asyncio
 import bisect
 import codecs
 import contextlib
+import functools
 import hashlib
+import hmac
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
+import re
 import secrets
+import signal
+import socket
 import sys
+import tempfile
+import threading
 import time
+import traceback
 import warnings
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,6 +63,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from attention import jit, on_kernel, tl, triton
 from flash import flash_attention_varlen, flash_decode
 from train import Parser, UserError, load, measure, positive
 
@@ -112,6 +129,27 @@ def quicken(model):
     return model
 
 
+# Fewer bits a weight. Of w [O, I], the weights of a linear layer y = x Wᵀ:
+#
+#     int8       w_oi ≈ s_o q_oi               q in −127 … 127: the largest of a row becomes ±127
+#     int4       w_oi ≈ s_og (q_oi − 8) + z_og q in 0 … 15; g = i div group: a scale and a middle for each group
+#     fp8        w_oi ≈ s_o q_oi               q in e4m3, 4 bits of exponent and 3 of fraction: the largest becomes ±448
+#
+# What rounding costs the layer is not ‖E‖² of the weights, E = Q(W) − W, but ‖E Xᵀ‖² = tr(E H Eᵀ), H = Xᵀ X, of inputs
+# X [N, I] of calibration text. int4 rounds to nearest; two ways to round that know H:
+#
+#     gptq       column by column, what rounding costs is made good by the columns to come:  Uᵀ U = (H + λ diag H)⁻¹,
+#                e = (w_i − ŵ_i) / U_ii,  w_j ← w_j − e U_ij for j > i          (Frantar et al., arXiv 2210.17323)
+#     awq        W diag(c) is rounded, and x / c read: c_i = ‖x_i‖^α gives channels that say much finer steps; α by the
+#                least tr(E H Eᵀ)                                               (Lin et al., arXiv 2306.00978)
+#
+# Pruning sets weights to zero: those of least |w_oi| (magnitude) or of least |w_oi| ‖x_i‖ (Wanda, arXiv 2306.11695),
+# half of each row or two of each four. One text serves NumPy and torch: `xp` is the one of the two.
+
+def _xp(x):
+    return np if isinstance(x, np.ndarray) else torch
+
+
 def int8_numpy(w):
     """w [O, I] → q int8 [O, I] and scale [O]: w ≈ scale ∘ q. The largest of each row becomes ±127; zeros stay zeros."""
     scale = np.abs(w).max(1) / 127
@@ -128,46 +166,615 @@ def int8_linear_numpy(x, q, scale):
     return (a @ q.T.astype(np.int32)) * (row / 63) * scale
 
 
-class Int8(torch.nn.Module):
-    """A linear layer with its weights in int8, a scale for each output: a quarter of the memory to read, and products
-    of integers, which a CPU does twice as many of. As in `int8_linear_numpy`; elsewhere x stays as it is.
+def bf16(x):
+    """x, rounded to what bfloat16 can say."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().double().numpy().astype(x.dtype)
+    return x.bfloat16().to(x.dtype)
+
+
+def grouped(w, group):
+    """w [O, I] → [O, G, group]; where I does not divide, the last group is filled with the last column."""
+    w = _xp(w).concatenate([w, w[:, [w.shape[1] - 1] * (-w.shape[1] % group)]], 1)
+    return w.reshape(len(w), -1, group)
+
+
+def int4_round(w, scale, zero):
+    """w [...], scale, zero (broadcast) → q in 0 … 15, still floats."""
+    xp = _xp(w)
+    return xp.clip(xp.round((w - zero) / xp.where(scale > 0, scale, xp.ones_like(scale))) + 8, 0, 15)
+
+
+def int4_value(q, scale, zero):
+    return (q - 8) * scale + zero
+
+
+SHRINK = 1.0, 0.95, 0.9, 0.85, 0.8, 0.75                                      # shares of a group's range
+
+
+def int4_grid(w):
+    """w [..., g] → scale, zero [...]: of ranges from the whole to three quarters the one of least squared error.
+
+    Both are numbers of bfloat16: so they are stored, and so torch's product on a CPU takes them.
     """
+    xp, best = _xp(w), None
+    low, high = xp.amin(w, -1), xp.amax(w, -1)
+    for share in SHRINK:
+        scale = bf16((high - low) * (share / 15))
+        zero = bf16((high + low) / 2 + scale / 2)
+        error = ((int4_value(int4_round(w, scale[..., None], zero[..., None]), scale[..., None], zero[..., None]) - w)
+                 ** 2).sum(-1)
+        if best is None:
+            best = error, scale, zero
+        else:
+            best = [xp.where(error < best[0], new, old) for new, old in zip((error, scale, zero), best)]
+    return best[1], best[2]
+
+
+def int4_numpy(w, group=64):
+    """w [O, I] → q [O, G, group] in 0 … 15, scale, zero [O, G]: each group to the nearest. Takes tensors too."""
+    w = grouped(w, group)
+    scale, zero = int4_grid(w)
+    return int4_round(w, scale[..., None], zero[..., None]), scale, zero
+
+
+def int4_weights(q, scale, zero, I):
+    """What q, scale and zero of `int4_numpy` stand for → w [O, I]."""
+    return int4_value(q, scale[..., None], zero[..., None]).reshape(len(q), -1)[:, :I]
+
+
+def int4_linear_numpy(x, q, scale, zero):
+    """x [N, I] → x Wᵀ [N, O], group by group as the kernels have it."""
+    x, y = np.pad(x, ((0, 0), (0, q.shape[1] * q.shape[2] - x.shape[1]))), 0
+    for g, part in enumerate(np.split(x, q.shape[1], 1)):
+        y = y + part @ int4_value(q[:, g], scale[:, g, None], zero[:, g, None]).T
+    return y
+
+
+def inverse_factor(H, damping):
+    """H [I, I] → U upper triangular, Uᵀ U = (H + damping · diag H)⁻¹; None where it cannot be computed.
+
+    In units of each channel's own size: one thousands of times larger than the rest spoils nothing, one that is
+    always 0 has no neighbours.
+    """
+    xp, one = _xp(H), _xp(H).zeros_like(H)
+    if not xp.isfinite(H).all():
+        return None
+    one[range(len(H)), range(len(H))] = 1
+    size = xp.sqrt(xp.diagonal(H))
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    with contextlib.suppress(xp.linalg.LinAlgError):
+        L = xp.linalg.cholesky(H / size / size[:, None] + damping * one)     # an inverse alone would not notice
+        L = xp.linalg.inv(L)
+        U = xp.linalg.cholesky(L.T @ L).T / size
+        if xp.isfinite(U).all():
+            return U
+    return None
+
+
+def gptq_numpy(w, H, group=64):
+    """w [O, I], H [I, I] → q, scale, zero as of `int4_numpy`. Takes torch tensors as well.
+
+    Columns go from the largest input to the least, in the grids of the untouched weights. Of rising dampings it takes
+    the first that costs less than rounding to nearest; None where none does.
+    """
+    xp, (O, I) = _xp(w), w.shape
+    q, scale, zero = int4_numpy(w, group)
+    loss = lambda q: float((((E := int4_weights(q, scale, zero, I) - w) @ H) * E).sum())
+    order = xp.argsort(-xp.diagonal(H))
+    for damping in (0.01, 0.1, 1.0):
+        U = inverse_factor(H[order][:, order], damping)
+        if U is None:
+            continue
+        rest, new = w[:, order], xp.zeros_like(q).reshape(O, -1) + 8
+        for start in range(0, I, GPTQ_BLOCK):                                # other blocks' columns hear of its
+            stop = min(start + GPTQ_BLOCK, I)                                # errors together, in one product
+            block, errors = rest[:, start:stop] + 0, xp.zeros_like(rest[:, start:stop])
+            for i, column in enumerate(order[start:stop].tolist()):
+                s, z = scale[:, column // group], zero[:, column // group]
+                new[:, column] = int4_round(block[:, i], s, z)
+                errors[:, i] = (block[:, i] - int4_value(new[:, column], s, z)) / U[start + i, start + i]
+                block -= errors[:, i, None] * U[start + i, start:stop]
+            rest[:, stop:] -= errors @ U[start:stop, stop:]
+        new = new.reshape(q.shape)
+        if loss(new) < loss(q):
+            return new, scale, zero
+    return None
+
+
+GPTQ_BLOCK = 64                                                              # columns
+
+
+def awq_numpy(w, H, group=64):
+    """w [O, I], H [I, I] → c [I] of AWQ: what each channel of x is divided by, and W's multiplied. Takes torch tensors.
+
+    ‖x_i‖ is the root of H's diagonal. α = 0 is among the ten tried: never worse than rounding to nearest.
+    """
+    xp = _xp(w)
+    if not xp.isfinite(H).all():
+        return xp.ones_like(w[0])
+    size = xp.sqrt(xp.diagonal(H))
+    size = xp.clip(size / xp.amax(size), 1e-4, 1) if xp.amax(size) > 0 else xp.ones_like(size)
+    best, least = xp.ones_like(size), math.inf
+    for alpha in range(10):
+        c = size ** (alpha / 10)
+        c = c / xp.sqrt(xp.amax(c) * xp.amin(c))
+        E = int4_weights(*int4_numpy(w * c, group), w.shape[1]) / c - w
+        loss = float(((E @ H) * E).sum())
+        if loss < least:
+            best, least = c, loss
+    return best
+
+
+def wanda_numpy(w, norms, sparsity=0.5):
+    """w [O, I], norms [I] of the inputs → the weights to keep, [O, I] of bool. Ones for norms: by magnitude alone.
+
+    sparsity: the share of each row that goes, or "2:4", two of each four in a row; ValueError where 4 does not divide
+    I. Takes torch tensors as well.
+    """
+    xp, score = _xp(w), abs(w) * norms
+    if sparsity == "2:4":
+        if w.shape[1] % 4:
+            raise ValueError(f"2:4: w {tuple(w.shape)} must have columns in fours")
+        return (xp.argsort(xp.argsort(score.reshape(-1, 4), -1), -1) >= 2).reshape(w.shape)
+    return xp.argsort(xp.argsort(score, -1), -1) >= round(w.shape[1] * sparsity)
+
+
+# The kernels: weights are read once, in their bits, and become numbers in registers. One row is a sum, as memory is the
+# bound; more are a matrix product, of 16 rows or many a program. x [N, I], y [N, O], in int4 two weights a byte: the
+# low halves are the first half of a group.
+
+@jit
+def _int8_row(X, Q, S, Y, O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n, i, y = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_I), tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        x = tl.load(X + n * I + start + i, mask=start + i < I, other=0.).to(tl.float32)
+        q = tl.load(Q + o[:, None] * I + (start + i)[None], mask=(o < O)[:, None] & (start + i < I)[None], other=0)
+        y += q.to(tl.float32) * x[None]
+    s = tl.load(S + o, mask=o < O, other=0.).to(tl.float32)
+    tl.store(Y + n * O + o, tl.sum(y, 1) * s, mask=o < O)
+
+
+@jit
+def _int8_rows(X, Q, S, Y, N, O, I, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i, y = tl.arange(0, BLOCK_I), tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        x = tl.load(X + n[:, None] * I + (start + i)[None], mask=(n < N)[:, None] & (start + i < I)[None], other=0.)
+        q = tl.load(Q + o[None] * I + (start + i)[:, None], mask=(o < O)[None] & (start + i < I)[:, None], other=0)
+        y = tl.dot(x, q.to(x.dtype), y, input_precision="ieee")
+    s = tl.load(S + o, mask=o < O, other=0.).to(tl.float32)
+    tl.store(Y + n[:, None] * O + o[None], y * s[None], mask=(n < N)[:, None] & (o < O)[None])
+
+
+@jit
+def _int4_row(X, P, SZ, Y, O, I, G, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n, h, y = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_H), tl.zeros([BLOCK_O, BLOCK_H], tl.float32)
+    half: tl.constexpr = GROUP // 2
+    for g in range(G):
+        low, high = g * GROUP + h, g * GROUP + half + h
+        a = tl.load(X + n * I + low, mask=(h < half) & (low < I), other=0.).to(tl.float32)
+        b = tl.load(X + n * I + high, mask=(h < half) & (high < I), other=0.).to(tl.float32)
+        p = tl.load(P + (o[:, None] * G + g) * half + h[None], mask=(o < O)[:, None] & (h < half)[None], other=0)
+        s = tl.load(SZ + (o * G + g) * 2, mask=o < O, other=0.).to(tl.float32)[:, None]
+        z = tl.load(SZ + (o * G + g) * 2 + 1, mask=o < O, other=0.).to(tl.float32)[:, None]
+        y += (((p & 15).to(tl.float32) - 8) * s + z) * a[None] + (((p >> 4).to(tl.float32) - 8) * s + z) * b[None]
+    tl.store(Y + n * O + o, tl.sum(y, 1), mask=o < O)
+
+
+@jit
+def _int4_rows(X, P, SZ, Y, N, O, I, G, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+               BLOCK_H: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h, y = tl.arange(0, BLOCK_H), tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    half: tl.constexpr = GROUP // 2
+    for g in range(G):
+        low, high = g * GROUP + h, g * GROUP + half + h
+        a = tl.load(X + n[:, None] * I + low[None], mask=(n < N)[:, None] & ((h < half) & (low < I))[None], other=0.)
+        b = tl.load(X + n[:, None] * I + high[None], mask=(n < N)[:, None] & ((h < half) & (high < I))[None], other=0.)
+        p = tl.load(P + (o[None] * G + g) * half + h[:, None], mask=(o < O)[None] & (h < half)[:, None], other=0)
+        s = tl.load(SZ + (o * G + g) * 2, mask=o < O, other=0.).to(tl.float32)[None]
+        z = tl.load(SZ + (o * G + g) * 2 + 1, mask=o < O, other=0.).to(tl.float32)[None]
+        y = tl.dot(a, (((p & 15).to(tl.float32) - 8) * s + z).to(a.dtype), y, input_precision="ieee")
+        y = tl.dot(b, (((p >> 4).to(tl.float32) - 8) * s + z).to(a.dtype), y, input_precision="ieee")
+    tl.store(Y + n[:, None] * O + o[None], y, mask=(n < N)[:, None] & (o < O)[None])
+
+
+def int8_linear(x, q, scale):
+    """x [..., I], q int8 [O, I], scale [O] → x Wᵀ [..., O] by the kernels, x as it is."""
+    if q.ndim != 2 or x.shape[-1] != q.shape[1] or scale.shape != q.shape[:1]:
+        raise ValueError(f"int8_linear: x {tuple(x.shape)}, q {tuple(q.shape)} and scale {tuple(scale.shape)} "
+                         "do not fit")
+    (O, I), rows = q.shape, x.reshape(-1, x.shape[-1]).contiguous()
+    y, N = x.new_empty(*x.shape[:-1], O), len(rows)
+    if 0 < N <= ONE:
+        _int8_row[triton.cdiv(O, 16), N](rows, q, scale, y, O, I, BLOCK_O=16, BLOCK_I=256, num_warps=4)
+    elif N:
+        BLOCK_N = 16 if N <= 16 else 64
+        _int8_rows[triton.cdiv(O, 64), triton.cdiv(N, BLOCK_N)](
+            rows, q, scale, y, N, O, I, BLOCK_N=BLOCK_N, BLOCK_O=64, BLOCK_I=64, num_warps=4)
+    return y
+
+
+def int4_linear(x, packed, scale_zero, group):
+    """x [..., I], packed uint8 [O, G, group / 2], scale_zero [O, G, 2] → x Wᵀ [..., O] by the kernels."""
+    O, G, half = packed.shape
+    if -(-x.shape[-1] // group) != G or 2 * half != group or scale_zero.shape != (O, G, 2):
+        raise ValueError(f"int4_linear: x {tuple(x.shape)}, packed {tuple(packed.shape)} and scale_zero "
+                         f"{tuple(scale_zero.shape)} do not fit groups of {group}")
+    I, rows = x.shape[-1], x.reshape(-1, x.shape[-1]).contiguous()
+    y, N, BLOCK_H = x.new_empty(*x.shape[:-1], O), len(rows), max(16, triton.next_power_of_2(half))
+    if 0 < N <= ONE:
+        _int4_row[triton.cdiv(O, 16), N](rows, packed, scale_zero, y, O, I, G, GROUP=group, BLOCK_O=16, BLOCK_H=BLOCK_H,
+                                         num_warps=4)
+    elif N:
+        BLOCK_N = 16 if N <= 16 else 64
+        _int4_rows[triton.cdiv(O, 64), triton.cdiv(N, BLOCK_N)](
+            rows, packed, scale_zero, y, N, O, I, G, GROUP=group, BLOCK_N=BLOCK_N, BLOCK_O=64, BLOCK_H=BLOCK_H,
+            num_warps=4)
+    return y
+
+
+ONE = 2                                                                      # rows that are quicker one by one
+
+
+# The layers. Each holds its tensors as a folder stores them, until `ready` lays them out for the device it is on.
+
+class Compressed(torch.nn.Module):
+    """A linear layer of fewer bits. smooth [I], where there is one, divides x: AWQ's c."""
+    packed = None
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def scaled(self, x):
+        return x if self.smooth is None else x / self.smooth.to(x.dtype)
+
+    def biased(self, y, dtype):
+        return y.to(dtype) if self.bias is None else y.to(dtype) + self.bias.to(dtype)
+
+    def read(self):
+        """Bytes that one pass over the layer reads."""
+        return self.in_features * self.out_features + 4 * self.out_features
+
+    def held(self):
+        """Bytes that the layer takes in memory."""
+        return sum(b.numel() * b.element_size() for b in self.buffers()) + (0 if self.packed is None else self.read())
+
+
+PACKED = weakref.WeakValueDictionary()                                       # number → layer: a graph can hold one,
+PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+OPS = torch.library.Library("twin", "DEF")                                   # but not what packed weights are
+OPS.define("int8_linear(Tensor x, int number, int outputs) -> Tensor")
+OPS.impl("int8_linear", lambda x, number, outputs: PRODUCT(x, 1 / 63, 64, PACKED[number].packed), "CPU")
+torch.library.register_fake("twin::int8_linear", lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs),
+                            lib=OPS)
+
+
+class Int8(Compressed):
+    """Weights in int8, a scale for each output: a quarter of the memory to read, and on a CPU products of integers,
+    which it does twice as many of. As in `int8_linear_numpy`; elsewhere x stays as it is.
+    """
+
+    def __init__(self, linear, group=None):
+        super().__init__(linear)
         w = linear.weight.detach()
-        self.in_features, self.out_features, self.bias, self.packed = (
-            linear.in_features, linear.out_features, linear.bias, None)
         scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
-        if w.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
-            zeros = torch.zeros(len(w), dtype=torch.int64)
+        self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def ready(self):
+        if self.q.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
+            zeros = torch.zeros(len(self.q), dtype=torch.int64)
             before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
             with warnings.catch_warnings():                                  # this form of tensor is to go, one day
                 warnings.simplefilter("ignore")
                 self.packed = torch.ops.quantized.linear_prepack(
-                    torch.quantize_per_channel(w.float(), scale, zeros, 0, torch.qint8), None)
+                    torch._make_per_channel_quantized_tensor(self.q, self.scale, zeros, 0), None)
             torch.backends.quantized.engine = before
-        else:
-            self.register_buffer("scale", scale.to(w.dtype))
-            self.register_buffer("q", (w / scale[:, None]).round().to(torch.int8))
+            self.q = self.scale = None
+            self.number = next(NUMBERS)
+            PACKED[self.number] = self
+        return self
+
+    def product(self, x):
+        """x [..., I] within ±1 → [..., O]."""
+        return PRODUCT(x, 1 / 63, 64, self.packed)
 
     def forward(self, x):
         if self.packed is None:
-            return F.linear(x, self.q.to(x.dtype)).mul_(self.scale).add_(0 if self.bias is None else self.bias)
-        row = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x / row).float(), 1 / 63, 64, self.packed).mul_(row)
-        return y.to(x.dtype) if self.bias is None else y.to(x.dtype).add_(self.bias)
+            if on_kernel(x):
+                return self.biased(int8_linear(x, self.q, self.scale), x.dtype)
+            return self.biased(F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype), x.dtype)
+        row = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        a = (x / row).float()
+        y = (torch.ops.twin.int8_linear(a, self.number, self.out_features) if torch.compiler.is_compiling() else
+             self.product(a))
+        return self.biased(y * row, x.dtype)
 
 
-def layers_in(model, layer):
-    """Replace a model's linear layers by `layer`s made of them; those that steer, and are small, stay as they are."""
-    model.requires_grad_(False)
+NUMBERS = itertools.count()
+
+
+class Int4(Compressed):
+    """Weights in groups of 4 bits, two a byte. On a CPU few rows go to torch's packed product, which wants bfloat16;
+    for many the weights are unpacked, as then arithmetic is the bound.
+    """
+    FEW = 24
+
+    def __init__(self, linear, group=64, values=None, smooth=None):
+        super().__init__(linear)
+        w = linear.weight.detach().float()
+        self.group = group
+        q, scale, zero = values or int4_numpy(w if smooth is None else w * smooth, group)
+        q = q.to(torch.uint8)
+        self.register_buffer("q", q[..., :group // 2] | q[..., group // 2:] << 4)            # [O, G, group / 2]
+        self.register_buffer("scale_zero", torch.stack([scale, zero], -1).bfloat16())        # [O, G, 2]
+        self.register_buffer("smooth", smooth)
+
+    def read(self):
+        return self.q.numel() + 2 * self.scale_zero.numel()
+
+    def ready(self):
+        """Pack for torch's product where it takes this shape: groups of 32, 64, 128 or 256, outputs in sixteens."""
+        if self.q.device.type == "cpu" and self.group in (32, 64, 128, 256):
+            q = torch.stack([self.q & 15, self.q >> 4], 2).flatten(1).int()  # [O, G · group]
+            more = -len(q) % 64
+            self.packed = torch._convert_weight_to_int4pack_for_cpu(F.pad(q, (0, 0, 0, more)), 1)
+            self.steps = F.pad(self.scale_zero, (0, 0, 0, 0, 0, more)).transpose(0, 1).contiguous()
+        return self
+
+    def weights(self, dtype):
+        """→ w [O, I], unpacked."""
+        w = torch.stack([self.q & 15, self.q >> 4], 2).to(dtype).flatten(2)
+        scale, zero = self.scale_zero.to(dtype)[..., None].unbind(2)
+        return w.sub_(8).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
+
+    def forward(self, x):
+        x, dtype = self.scaled(x), x.dtype
+        rows = x.numel() // max(1, x.shape[-1])
+        if on_kernel(x):
+            return self.biased(int4_linear(x, self.q, self.scale_zero, self.group), dtype)
+        if self.packed is None or rows > self.FEW:
+            return self.biased(F.linear(x, self.weights(dtype)), dtype)
+        a = F.pad(x.bfloat16(), (0, self.q.shape[1] * self.group - self.in_features)).reshape(rows, -1)
+        y = torch._weight_int4pack_mm_for_cpu(a, self.packed, self.group, self.steps)
+        return self.biased(y[:, :self.out_features].reshape(*x.shape[:-1], -1), dtype)
+
+
+class Fp8(Compressed):
+    """Weights and, row by row, inputs in e4m3: products that GPUs of capability 8.9 do twice as many of."""
+
+    def __init__(self, linear, group=None):
+        super().__init__(linear)
+        w = linear.weight.detach().float()
+        scale = (w.abs().amax(1) / 448).clamp(min=1e-30)
+        self.register_buffer("q", (w / scale[:, None]).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", scale)
+
+    def ready(self):
+        return self
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        size = (rows.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-30)
+        y = torch._scaled_mm((rows / size).to(torch.float8_e4m3fn), self.q.t(), scale_a=size, scale_b=self.scale[None],
+                             out_dtype=torch.bfloat16)
+        return self.biased(y.view(*x.shape[:-1], -1), x.dtype)
+
+
+class Table(torch.nn.Module):
+    """An embedding in int8, a scale a row: a lookup reads one row, so this is for the memory alone. It stays apart from
+    a tied head, which has bits of its own.
+    """
+
+    def __init__(self, embed):
+        super().__init__()
+        w = embed.weight.detach()
+        scale = (w.abs().amax(1).float() / 127).clamp(min=1e-30)
+        self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.like = w.new_zeros(()).expand(w.shape)                          # asked for device, dtype and shape
+
+    @property
+    def weight(self):
+        return self.like
+
+    def forward(self, tokens):
+        return (self.q[tokens].float() * self.scale[tokens, None]).to(self.like.dtype)
+
+
+def linears(model):
+    """(path, parent, name, layer) of a model's linear layers, but for those that steer, and are small."""
     for path, module in list(model.named_modules()):
         for name, linear in list(module.named_children()):
             steers = {"dt_proj", "router", "predictor"} & {*path.split("."), name}
-            if type(linear) is torch.nn.Linear and not steers:
-                setattr(module, name, layer(linear))
+            if isinstance(linear, torch.nn.Linear) and not steers:
+                yield f"{path}.{name}" if path else name, module, name, linear
+
+
+QUANTIZED = dict(int8=Int8, int4=Int4, gptq=Int4, awq=Int4, fp8=Fp8)         # --quantize → the layer
+PRUNED = "magnitude", "wanda"
+
+
+def check_quantize(quantize, group_size, prune, sparsity, device):
+    """ValueError or UserError where a compression is none, or not this device's."""
+    if quantize not in (None, *QUANTIZED):
+        raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
+    if prune not in (None, *PRUNED):
+        raise ValueError(f"prune is {prune!r}: it must be {', '.join(map(repr, PRUNED))} or None")
+    if not (isinstance(group_size, int) and group_size >= 2 and group_size % 2 == 0):
+        raise ValueError(f"group_size is {group_size!r}: it must be an even whole number from 2")
+    if sparsity != "2:4" and not (isinstance(sparsity, float) and 0 <= sparsity < 1):
+        raise ValueError(f"sparsity is {sparsity!r}: it must be a share below 1, or '2:4'")
+    if quantize == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        raise UserError("fp8 needs a GPU of compute capability 8.9 or more; int8 takes as many bits anywhere")
+
+
+def folds(model):
+    """Layers whose input is divided by c for free: {layer: what to divide, a parameter and its first row or None}.
+
+    A norm's gain reaches one product alone; the rows of W_up reach W_down through nothing but products.
+    """
+    found = {model.head: [(model.norm.weight, 0)]}
+    for block in model.blocks:
+        block, mixer = train.parts(block)
+        first = getattr(mixer, "qkv", None) or mixer.in_proj
+        if hasattr(block, "mlp"):
+            found[first] = [(block.attention_norm.weight, 0)]
+            found[block.mlp.gate_up] = [(block.mlp_norm.weight, 0)]
+            up = block.mlp.gate_up
+            found[block.mlp.down] = [(w, block.mlp.down.in_features) for w in (up.weight, up.bias) if w is not None]
+        else:
+            found[first] = [(block.norm.weight, 0)]
+    return found
+
+
+def calibrate(model, ids, length=512, most=64):
+    """Token ids → (part of the model, {path: H}) for each block and the head, in turn: what is done to a part is done
+    before the next one is read, which so sees the inputs it will have. H = Xᵀ X [I, I], summed in float64.
+    """
+    length = min(length, model.config.context, len(ids))
+    if length < 2:
+        raise UserError("the calibration text has fewer than two tokens")
+    device = model.embed.weight.device
+    starts = np.linspace(0, len(ids) - length, min(most, len(ids) // length)).astype(int)
+    xs = [model.embed(torch.tensor(np.array(ids[i:i + length], dtype=np.int64), device=device)[None]) for i in starts]
+    positions, wide = torch.arange(length, device=device), torch.float32 if device.type == "mps" else torch.float64
+
+    def add(H, path, x):
+        x = x.reshape(-1, x.shape[-1]).float()
+        H[path] = H.get(path, 0) + (x.T @ x).to(wide)
+    for i, block in enumerate(model.blocks):
+        H = {}
+        hooks = [linear.register_forward_pre_hook(lambda _, inputs, path=path: add(H, path, *inputs))
+                 for path, _, _, linear in linears(model) if path.startswith(f"blocks.{i}.")]
+        for x in xs:
+            block(x, positions)
+        for hook in hooks:
+            hook.remove()
+        yield f"blocks.{i}.", H
+        xs = [block(x, positions) for x in xs]
+    H = {}
+    for x in xs:
+        add(H, "head", model.norm(x))
+    yield "head", H
+
+
+def smaller(linear, quantize, group, H, sources):
+    """A linear layer in fewer bits → (the layer, whether H was of use). sources: see `folds`."""
+    w = linear.weight.detach()
+    if quantize == "gptq":
+        values = gptq_numpy(w.to(H.dtype), H, group)
+        return Int4(linear, group, values), values is not None
+    if quantize == "awq":
+        c = awq_numpy(w.float(), (H / H.diagonal().mean().clamp(min=1e-30)).float(), group)
+        for source, start in sources:
+            part = source[start:start + len(c)]
+            part.div_(c if part.ndim == 1 else c[:, None])
+        return Int4(linear, group, int4_numpy(w.float() * c, group), None if sources else c), bool(H.isfinite().all())
+    return QUANTIZED[quantize](linear, group), True
+
+
+@torch.no_grad()
+def compress(model, quantize=None, group_size=64, ids=None, prune=None, sparsity=0.5):
+    """Prune and quantize a model in place, layer by layer; ids: calibration text → dict(layers, nearest).
+
+    nearest: the layers for which calibration was of no use, so that they are rounded to nearest. Pruning leaves the
+    head alone. UserError where no layer is left to compress.
+    """
+    model.requires_grad_(False)
+    known, told = quantize in ("gptq", "awq") or prune == "wanda", dict(layers=0, nearest=[])
+    parts = (calibrate(model, ids) if known else
+             iter([(f"blocks.{i}.", {}) for i in range(len(model.blocks))] + [("head", {})]))
+    sources = folds(model) if quantize == "awq" else {}
+    bar = train.tqdm(parts, total=len(model.blocks) + 1, desc=quantize or prune, leave=False, **train.quiet_bar())
+    for part, H in bar:
+        places = [place for place in linears(model) if place[0].startswith(part)]
+        for path, parent, name, linear in reversed(places):                  # down before up, which it may divide
+            I = linear.weight.shape[1]
+            h = H.get(path, torch.zeros(I, I, device=linear.weight.device, dtype=torch.float64)) if known else None
+            if prune and path != "head":
+                norms = h.diagonal().sqrt() if prune == "wanda" else torch.ones(I, device=linear.weight.device)
+                try:
+                    keep = wanda_numpy(linear.weight.detach().float(), norms.float(), sparsity)
+                except ValueError as error:
+                    raise UserError(f"{path}: {error}") from None
+                linear.weight.mul_(keep)
+            if quantize:
+                layer, used = smaller(linear, quantize, group_size, h, sources.get(linear, ()))
+                setattr(parent, name, layer)
+                told["nearest"] += [] if used else [path]
+            told["layers"] += bool(quantize or path != "head")
+    if not told["layers"]:
+        raise UserError("the model has no layer to compress")
+    if quantize:
+        model.embed = Table(model.embed)
+        kind = {Int8: "int8", Int4: "int4", Fp8: "fp8"}[QUANTIZED[quantize]]
+        model.config.raw = model.config.raw | dict(quantization_config=dict(
+            quant_method="twin", format=kind, method=quantize, group_size=group_size, layers=told["layers"]))
+    return told
+
+
+def ready(model):
+    """Lay all layers of fewer bits out for the device they are on."""
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            module.ready()
+    return model
+
+
+def save_compressed(model, tokenizer, folder):
+    """Write a compressed model, before `ready`, as a folder for `open_folder`: tensors by their place in Model."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        quantized = model.config.raw.get("quantization_config")
+        tensors = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+        train.save(model, tokenizer, folder, tensors if quantized else None)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def open_folder(folder, device=None, dtype=None):
+    """`train.load`, and folders of `save_compressed` → (model, tokenizer)."""
+    path = Path(folder) / "config.json"
+    about = train.read_json(path).get("quantization_config") if path.exists() else None
+    if not about or about.get("quant_method") != "twin":
+        return load(folder, device, dtype)
+    kind, group = about.get("format"), about.get("group_size", 64)
+    if kind not in ("int8", "int4", "fp8"):
+        raise UserError(f"{path}: quantization_config.format is {kind!r}: it must be int8, int4 or fp8")
+    device = train.pick_device(device)
+    check_quantize(kind, group, None, 0.5, device)
+    generation = path.with_name("generation_config.json")
+    config = train.parse_config(train.read_json(path), train.read_json(generation) if generation.exists() else None)
+    dtype = dtype or ("float32" if device == "cpu" else config.raw.get("dtype") or "float32")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = train.empty_model(config, dtype, device).requires_grad_(False)
+    tensors = {}
+    for file in sorted(set((files := train.shards(folder)).values())):
+        with train.open_shard(file) as f:
+            tensors.update({name: f.get_tensor(name).to(device) for name in f.keys() if files.get(name) == file})
+    for place, parent, name, linear in list(linears(model)):
+        shell = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        smooth = torch.ones(linear.in_features, device="meta") if f"{place}.smooth" in tensors else None
+        setattr(parent, name, QUANTIZED[kind](shell, group, **(dict(smooth=smooth) if smooth is not None else {})))
+    like = model.embed.weight.new_zeros(()).expand(model.embed.weight.shape)
+    model.embed = Table(torch.nn.Embedding(*like.shape, device="meta"))
+    model.embed.like = like
+    own = dict(model.named_parameters())
+    try:
+        model.load_state_dict({k: t.to(dtype) if k in own else t for k, t in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: its tensors are not those of its config.json ({str(error).splitlines()[1].strip()})"
+                        ) from None
+    return model.requires_grad_(False).eval(), train.load_tokenizer(folder, config.eos_ids)
 
 
 class Summed(torch.nn.Module):
@@ -213,9 +820,6 @@ def divide(model, processes):
         rows(mlp.gate_up, [c.hidden, c.hidden])
         a.H, a.G, a.out, mlp.down = a.H // n, a.G // n, columns(a.out), columns(mlp.down)
     model.config = replace(c, heads=c.heads // n, kv_heads=c.kv_heads // n, hidden=c.hidden // n)
-
-
-QUANTIZED = {"int8": Int8}                                                   # --quantize → the layer
 
 
 # --- 2. Cache: blocks, who holds them, and where their numbers lie ----------------------------------------------------
@@ -619,9 +1223,9 @@ class PageState:
 
 
 class Mixed(Slabs):
-    """Caches of stacks that are not attention alone. Each attention layer has its part of a sequence's slab; a routed one
-    keeps there only the tokens it took, and the slab says which (`kept`, positions in order). Each recurrent layer has a
-    row of states for each sequence, in tensors that grow with the rows in use.
+    """Caches of stacks that are not attention alone. Each attention layer has its part of a sequence's slab; a routed
+    one keeps there only the tokens it took, and the slab says which (`kept`, positions in order). Each recurrent layer
+    has a row of states for each sequence, in tensors that grow with the rows in use.
 
     A state is of all tokens so far and can't be cut back: it is kept (`memory`) where the scheduler asks for it.
     """
@@ -631,7 +1235,7 @@ class Mixed(Slabs):
         self.size, self.kinds, self.stores, self.free, routed, layers = blocks.size, [], [], [], 0, 0
         for letter, block in zip(c.layers, model.blocks):
             if letter in "aA":
-                self.kinds.append((2 * layers, routed if letter == "A" else None))           # where in the slab, in `kept`
+                self.kinds.append((2 * layers, routed if letter == "A" else None))           # in the slab, in `kept`
                 layers, routed = layers + 1, routed + (letter == "A")
             else:
                 self.kinds.append((len(self.stores), letter.isupper()))
@@ -644,8 +1248,7 @@ class Mixed(Slabs):
 
     def state_bytes(self):
         """Of one sequence."""
-        return sum(part[0].numel() * part.element_size() if len(part) else math.prod(part.shape[1:]) * part.element_size()
-                   for store in self.stores for part in store)
+        return sum(math.prod(part.shape[1:]) * part.element_size() for store in self.stores for part in store)
 
     def open(self, r):
         r.slab = None
@@ -714,12 +1317,15 @@ class Mixed(Slabs):
 
 
 class RowsState:
-    """The state of one recurrent layer in a pass over many sequences: their rows of its tensors (`ssm.RecurrentState`)."""
+    """The state of one recurrent layer in a pass over many sequences: their rows of its tensors; see
+    `ssm.RecurrentState`.
+    """
 
     def __init__(self, store, rows, counts):
         first, device = rows[0], store[0].device
         together = rows == list(range(first, first + len(rows)))
-        self.store, self.rows = store, slice(first, first + len(rows)) if together else torch.tensor(rows, device=device)
+        self.store = store
+        self.rows = slice(first, first + len(rows)) if together else torch.tensor(rows, device=device)
         self.ones = all(count == 1 for count in counts)
         self.cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
 
@@ -743,8 +1349,7 @@ def chosen_counts(keep, counts):
 
 
 class RoutedRows:
-    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: no token).
-    """
+    """The state of a routed recurrent layer: `chosen` gives that of the sequences with tokens it takes (None: none)."""
 
     def __init__(self, store, rows, counts):
         self.store, self.rows, self.counts = store, rows, counts
@@ -1121,8 +1726,7 @@ PASS = 512                                                                   # t
 
 
 def hidden_states(model, cache, segments):
-    """One pass of a model over (request, start, stop)s, all in one row → what the head reads [N, C]. On a CPU in pieces.
-    """
+    """One pass of a model over (request, start, stop)s in one row → what the head reads [N, C]. On a CPU in pieces."""
     device = model.embed.weight.device
     if device.type == "cpu" and sum(stop - start for _, start, stop in segments) > PASS:
         return torch.cat([hidden_states(model, cache, piece) for piece in pieces(segments, PASS)])
@@ -1137,13 +1741,13 @@ def hidden_states(model, cache, segments):
 class Constraints:
     """Texts that must match a regular expression or a JSON schema: llguidance says which tokens can go on.
 
-    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its parts,
-    and ends with its last bracket. Properties that the schema does not require may be left out.
+    JSON comes with its properties in the order of the schema, at most a space or a line's indentation between its
+    parts, and ends with its last bracket. Properties that the schema does not require may be left out.
     """
     JSON = dict(whitespace_pattern=r" ?|\n {0,32}", lenient=False)
 
     def __init__(self, tokenizer, eos_ids, V):
-        import llguidance                                                    # not everybody's: loaded with the first use
+        import llguidance                                                    # not everybody's: loaded when used
         special = set(tokenizer.special.values())
 
         class Tokens:
@@ -1176,8 +1780,7 @@ class Constraints:
         return matcher(self.tokens, grammar, log_level=0)
 
     def allow(self, logits, requests):
-        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay as they are.
-        """
+        """logits [R, V] → the same with −∞ for the tokens that can't go on a request's text; those given stay."""
         rows = [i for i, r in enumerate(requests) if r.matcher]
         if not rows:
             return logits
@@ -1193,9 +1796,9 @@ class Constraints:
 def accept_or_resample_numpy(p, q, drafts, rng):
     """The classic rule of speculative decoding (arXiv 2211.17192, algorithm 1), for one text.
 
-    q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted with
-    probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and ends
-    the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
+    q [k, V]: the distributions that the drafts [k] were drawn from; p [k + 1, V]: the target's. A draft x is accepted
+    with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from the rest, max(0, p − q), and
+    ends the step; after k accepted ones one more is drawn from p. → the tokens: distributed as draws from p alone.
     """
     tokens = []
     for i, x in enumerate(drafts):
@@ -1207,9 +1810,9 @@ def accept_or_resample_numpy(p, q, drafts, rng):
 
 
 # The engine's rule needs no q. The target's own token at a position is argmax(logits + noise), and the noise depends on
-# (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it is
-# that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule accepts,
-# nearly, and the text is bit for bit the one without drafts.
+# (seed, choice, position, token) alone (drafter-invariant speculation, arXiv 2408.07978): a draft is accepted where it
+# is that token. A draft model that adds the same noise to its own logits guesses it as often as the classic rule
+# accepts, nearly, and the text is bit for bit the one without drafts.
 
 class NGram:
     """Drafts from the text itself: what followed the last time that its latest 3 (else 2) tokens stood there."""
@@ -1224,7 +1827,7 @@ class NGram:
 
     def lookup(self, ids, seen, k):
         read, ends = seen
-        for end in range(max(read, 1), len(ids)):                            # the gram that ends the text is not one yet
+        for end in range(max(read, 1), len(ids)):                            # what ends the text has no token after it
             for n in self.SIZES:
                 ends[tuple(ids[max(0, end - n):end])] = end
         seen[0] = len(ids)
@@ -1242,7 +1845,8 @@ class Draft:
     """A text as the draft model has it: the request's tokens, then its own guesses."""
 
     def __init__(self, r):
-        self.sampling, self.seed, self.choice, self.capacity, self.tally = r.sampling, r.seed, r.choice, r.capacity, None
+        self.sampling, self.seed, self.choice, self.capacity = r.sampling, r.seed, r.choice, r.capacity
+        self.tally = None
         self.ids, self.drafts, self.computed, self.known, self.table, self.before = [], [], 0, 0, [], None
 
 
@@ -1264,7 +1868,7 @@ class Drafter:
             self.follow(self.texts[r], r.ids)
         segments = [(d, d.computed, len(d.ids)) for d in drafts]
         for i in range(k):
-            hidden = torch.cat([hidden_states(self.model, self.cache, piece) for piece in pieces(segments, self.budget)])
+            hidden = torch.cat([hidden_states(self.model, self.cache, p) for p in pieces(segments, self.budget)])
             ends = torch.tensor(np.cumsum([stop - start for _, start, stop in segments]) - 1, device=hidden.device)
             if not i and self.cache.recurrent:                               # a state can't be cut: kept before guesses
                 for d in drafts:
@@ -1312,7 +1916,7 @@ class Request:
         self.table, self.keys, self.computed, self.arrival = [], [], 0, 0
         self.waits_for = self.cached_tokens = None
         self.marks = set()                                                   # where its states are to be kept
-        self.matcher = None                                                  # what its text must match: see `Constraints`
+        self.matcher = None                                                  # what its text must match
         self.drafts, self.before = [], None                                  # tokens guessed; states before them
         self.worth, self.pause, self.rest = 1.0, 0, 8                        # of drafts: see `LLM.guess`
 
@@ -1537,7 +2141,12 @@ class Step(torch.nn.Module):
 class LLM:
     """A model folder, ready to generate. `LLM(DIR).generate("…")`; `stream` for text as it is made.
 
-    quantize            "int8": linear layers in a quarter of the memory; None: as they are
+    quantize            linear layers in fewer bits: "int8"; in 4 bits "int4", or "gptq", "awq", which are closer;
+                        "fp8"; None: as they are
+    group_size          weights that share a scale in 4 bits
+    calibration         token ids, or what makes them when called, for gptq, awq and wanda: text that is not scored
+    prune, sparsity     "magnitude" or "wanda": weights that count least become zero, that share of each row, or "2:4"
+    save                a folder to write the model to as it now is
     kv_cache_dtype      "int8": keys and values in a quarter of the memory; None: as the weights
     block_size          tokens a block of the cache
     num_blocks          blocks in all; None: as many as a part of the memory holds, or all sequences could ever use
@@ -1549,32 +2158,48 @@ class LLM:
     num_draft_tokens    tokens it guesses at most
     device, dtype       as in `train.load`
     compile             decode steps of fixed shape: on GPUs CUDA graphs, the default there; on a CPU compiled, for
-                        max_num_seqs in step and not with int8 or prefix_caching: for benchmarks
+                        max_num_seqs in step and without an int8 cache or prefix_caching: for benchmarks
 
     Below `generate` stand `requests` (checks), `add`, `step` and `abort`: what a server runs on.
     """
 
     def __init__(self, folder, device=None, dtype=None, quantize=None, kv_cache_dtype=None, block_size=16,
                  num_blocks=None, max_num_seqs=64, max_num_batched_tokens=2048, prefix_caching=True, draft=None,
-                 num_draft_tokens=4, compile=None):
+                 num_draft_tokens=4, compile=None, group_size=64, calibration=None, prune=None, sparsity=0.5,
+                 save=None):
         for name, value in (("block_size", block_size), ("num_blocks", num_blocks), ("max_num_seqs", max_num_seqs),
                             ("max_num_batched_tokens", max_num_batched_tokens), ("num_draft_tokens", num_draft_tokens)):
             if (value is not None or name != "num_blocks") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number from 1")
-        if quantize not in (None, *QUANTIZED):
-            raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
+        check_quantize(quantize, group_size, prune, sparsity, train.pick_device(device))
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
         self.processes = train.Processes()                                   # torchrun's: each does its part of all
-        self.model, self.tokenizer = load(folder, device, dtype)
+        self.model, self.tokenizer = open_folder(folder, device, dtype)
+        self.quantize = (self.model.config.raw.get("quantization_config") or {}).get("method")
+        if self.quantize and (quantize or prune or self.processes.size > 1):
+            raise UserError(f"{folder}: its weights are in fewer bits already ({self.quantize}); it runs as it is, in "
+                            "one process")
         if self.processes.size > 1:
+            if prune or save or quantize in ("gptq", "awq"):
+                raise UserError("several processes take int8 and int4; pruning, gptq, awq and saving want one")
             divide(self.model, self.processes)
+        self.told = None
+        if quantize or prune:
+            ids = calibration() if callable(calibration) else calibration
+            if ids is None and (prune == "wanda" or quantize in ("gptq", "awq")):
+                raise ValueError("calibration is None: gptq, awq and wanda want token ids")
+            self.told = compress(self.model, quantize, group_size, ids, prune, sparsity)
+            self.quantize = quantize
+        if save:
+            save_compressed(self.model, self.tokenizer, save)
         c, weight = self.model.config, self.model.embed.weight
-        self.quantize = quantize
-        self.weights = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied else weight.numel())
-        self.weight_bytes = self.weights * (1 if quantize else weight.element_size())
-        layers_in(self.model, QUANTIZED[quantize]) if quantize else quicken(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, Compressed)]
+        plain = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied or layers else weight.numel())
+        self.weights = plain + sum(layer.in_features * layer.out_features for layer in layers)
+        self.weight_bytes = plain * weight.element_size() + sum(layer.read() for layer in layers)
+        ready(self.model) if self.quantize else quicken(self.model)
         self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
         self.endless = not set(c.layers) & {*"aA"}                           # states alone: texts of any length
         self.room = math.inf if self.endless else c.context
@@ -1602,7 +2227,8 @@ class LLM:
         self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → decode step
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
-        self.drafter, self.num_draft_tokens = draft and self.make_drafter(draft, max_num_batched_tokens), num_draft_tokens
+        self.drafter = draft and self.make_drafter(draft, max_num_batched_tokens)
+        self.num_draft_tokens = num_draft_tokens
         self.draft_tokens, self.accepted_tokens, self.constraints = 0, 0, None
         self.costs = {}                                                      # (rows, drafts or not) → seconds of a step
 
@@ -1642,7 +2268,8 @@ class LLM:
             raise ValueError(f"prompt {index}: {error}") from None
         (seed,) = (sampling.seed,) if sampling.seed is not None else self.processes.agree(secrets.randbits(63))
         limit = sampling.max_tokens or min(self.room - len(ids), pool - len(ids), 128)
-        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop)) for i in range(sampling.n)]
+        requests = [Request(ids, sampling, seed, i, limit, Text(self.tokenizer, sampling.stop))
+                    for i in range(sampling.n)]
         if sampling.regex is not None or sampling.json_schema is not None:
             self.constraints = self.constraints or Constraints(self.tokenizer, self.eos_ids, V)
             try:
@@ -1734,8 +2361,8 @@ class LLM:
                 r.rest = 8
 
     def draw_checked(self, logits, ready):
-        """Draw the next token of each request, and go on while it is the one that was guessed → {request: tokens that are
-        computed, of its text}. logits: 1 + len(r.drafts) rows for each.
+        """Draw the next token of each request, and go on while it is the one that was guessed → {request: tokens that
+        are computed, of its text}. logits: 1 + len(r.drafts) rows for each.
         """
         first = np.cumsum([0] + [1 + len(r.drafts) for r in ready])
         length, going = {r: len(r.ids) for r in ready}, list(zip(ready, first))
@@ -1745,7 +2372,8 @@ class LLM:
             rows = [at + i for _, at in going]
             whole = i == 0 and len(rows) == len(logits)
             self.draw(logits if whole else logits[torch.tensor(rows, device=logits.device)], [r for r, _ in going])
-            going = [(r, at) for r, at in going if not r.finish_reason and i < len(r.drafts) and r.ids[-1] == r.drafts[i]]
+            going = [(r, at) for r, at in going
+                     if not r.finish_reason and i < len(r.drafts) and r.ids[-1] == r.drafts[i]]
             for r, _ in going:
                 r.gained = i + 1
             if not going:
@@ -1755,8 +2383,8 @@ class LLM:
         return {r: length[r] + r.gained for r in ready if r.drafts}
 
     def forward(self, segments):
-        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens, and after
-        each of its drafts.
+        """Compute (request, start, stop)s → float32 logits [R, V] after those that end their request's tokens, and
+        after each of its drafts.
         """
         decode = all(stop == len(r.ids) and r.left == 1 and not r.drafts for r, _, stop in segments)
         if self.graphs is not None and decode and (shape := self.cache.shape(segments)):
@@ -1812,7 +2440,7 @@ class LLM:
             return train.Graph(fresh, tokens, positions, *places, pool=self.pool)
         import torch._inductor.config as inductor
         step = torch.compile(step, dynamic=False, fullgraph=True)
-        several = tokens.numel() > 1
+        several = tokens.numel() > 1 and not self.quantize
         with inductor.patch(**dict(freezing=True, max_autotune=True,         # weights laid out for so many rows
                                    max_autotune_gemm_backends="CPP") if several else {}):
             step(tokens, positions, *places)
@@ -1845,8 +2473,8 @@ class LLM:
             likely = likeliest(rows_told(), max(counts))
         if len(self.no_text):
             logits.index_fill_(1, self.no_text, -torch.inf)
-        (tokens,) = self.processes.agree(sample(self.constraints.allow(logits, requests) if self.constraints else logits,
-                                                requests))
+        allowed = self.constraints.allow(logits, requests) if self.constraints else logits
+        (tokens,) = self.processes.agree(sample(allowed, requests))
         for r, token in zip(requests, tokens):
             r.accept(token, self.eos_ids)
         if told:
@@ -1908,19 +2536,19 @@ class LLM:
     def stats(self):
         """Counts since the start, and what runs and is free now → dict. Known blocks that no request holds are free."""
         s = self.scheduler
-        return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens, preemptions=s.preemptions, prefix_hits=self.blocks.hits,
-                    running=len(s.running), waiting=len(s.waiting),
-                    free_blocks=len(self.blocks), total_blocks=self.blocks.total)
+        return dict(draft_tokens=self.draft_tokens, accepted_tokens=self.accepted_tokens,
+                    preemptions=s.preemptions, prefix_hits=self.blocks.hits, running=len(s.running),
+                    waiting=len(s.waiting), free_blocks=len(self.blocks), total_blocks=self.blocks.total)
 
 
 def bound(llm, machine, batch, context):
-    """Decode tokens/s that memory allows: each step reads all weights that multiply, each row's keys and values, and its
-    states, which it also writes.
+    """Decode tokens/s that memory allows: each step reads all weights that multiply, each row's keys and values, and
+    its states, which it also writes.
     """
     return batch * machine.bandwidth / (llm.weight_bytes + batch * (context * llm.token_bytes + 2 * llm.state_bytes))
 
 
-# --- 6. Chat templates and scores -------------------------------------------------------------------------------------
+# --- 8. Chat templates and scores -------------------------------------------------------------------------------------
 
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
@@ -1939,41 +2567,45 @@ def chat_template(folder):
 BREAK = "\ufdd0"                                                             # a noncharacter, put into forged markers
 
 
-def chat_ids(tokenizer, template, messages):
-    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
-
-    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
-    mended after the cut, so it reaches the model as plain text. UserError where the template does not render.
-    """
+@functools.lru_cache(4)
+def template_of(source):
+    """A chat template's text → the template, in a sandbox."""
     import jinja2.sandbox
 
     def refuse(message):
         raise jinja2.TemplateError(message)
-    source, variables = template
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-    plain = lambda s: [s] if s else []
+    return environment.from_string(source)
+
+
+def chat_ids(tokenizer, template, messages):
+    """messages [{"role", "content"}] through a template of `chat_template` → token ids, ready for the reply.
+
+    Only the template's own text gives control tokens: one that a message spells out is broken before rendering and
+    mended after the cut, so it reaches the model as plain text; the same where it only begins or ends one. UserError
+    where the template does not render.
+    """
+    source, variables = template
     markers = sorted(tokenizer.special, key=len, reverse=True)
 
     def disarm(text):
         text = train.mend(text).replace(BREAK, "\ufffd")
         for marker in markers:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
+        body = text.strip()                                                  # templates trim: breaks go inside of that
+        if body and any(body.startswith(m[k:]) or body.endswith(m[:k]) for m in markers for k in range(1, len(m))):
+            text = text.replace(body, BREAK + body + BREAK)
         return text
     messages = [dict(m, content=disarm(m["content"])) for m in messages]
     try:
-        text = environment.from_string(source).render(messages=messages, add_generation_prompt=True, **variables)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template does not render: {error}") from None
-    ids, rest = [], text
-    while rest:
-        at, marker = min(((i, m) for m in markers if (i := rest.find(m)) >= 0),
-                         key=lambda x: (x[0], -len(x[1])), default=(len(rest), ""))
-        for part in plain(rest[:at].replace(BREAK, "")):
-            ids += tokenizer.encode(part)
-        ids += [tokenizer.special[marker]] if marker else []
-        rest = rest[at + len(marker):]
-    return ids
+        text = template_of(source).render(messages=messages, add_generation_prompt=True, **variables)
+    except Exception as error:                                               # a template may raise anything
+        raise UserError(f"the chat template does not render: {type(error).__name__}: {error}") from None
+    parts = re.split("(" + "|".join(map(re.escape, markers)) + ")", text) if markers else [text]
+    return [i for part in parts if part for i in (
+        [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part.replace(BREAK, "")))]
 
 
 @torch.no_grad()
@@ -2004,7 +2636,7 @@ def score(llm, text, overlap=0.5):
     return dict(tokens=count, bytes=size, nats_per_token=nats / count, bits_per_byte=nats / math.log(2) / max(size, 1))
 
 
-# --- 7. Benchmarks ----------------------------------------------------------------------------------------------------
+# --- 9. Benchmarks ----------------------------------------------------------------------------------------------------
 
 def random_request(llm, rng, prompt_tokens, new_tokens):
     """A greedy request of random tokens that runs to its length."""
@@ -2079,7 +2711,1011 @@ def bench_serving(llm, machine, count, prompt_tokens=(100, 500), new_tokens=(50,
                 bound_share=max(products, reads) / seconds)
 
 
-# --- 8. The command line ----------------------------------------------------------------------------------------------
+def corpus_of(args):
+    """The text of --data with the model's own tokens: its training part calibrates, its validation part is scored."""
+    return train.load_corpus(args.data, "bpe", None, train.load_tokenizer(args.model))
+
+
+SCORED = 2 ** 16                                                             # bytes of validation text
+
+
+def compare(args):
+    """Each way to compress a model, measured → a table, compare.png and a recommendation. The text that is scored is
+    not the text that calibrates. Each model is written to a folder and read back: a user's sizes and bits.
+    """
+    ways = ["float32", "int8", "int4", "awq", "gptq"]
+    device = train.pick_device(args.device)
+    with contextlib.suppress(UserError):
+        check_quantize("fp8", args.group_size, None, 0.5, device)
+        ways.append("fp8")
+    corpus, rows = corpus_of(args), []
+    text = (corpus.folder / "val.txt").read_bytes()[:SCORED].decode("utf-8", errors="ignore")
+    machine = measure(device, 0.3)
+    bar = train.tqdm(total=len(ways), desc="compare", leave=False, **train.quiet_bar())
+    with bar, tempfile.TemporaryDirectory() as folder:
+        for way in ways:
+            bar.set_description(way)
+            rows.append(compared(args, way, corpus, text, machine, Path(folder) / way))
+            bar.update()
+    base = rows[0]
+    lost = {r["way"]: r["bits_per_byte"] / base["bits_per_byte"] - 1 for r in rows}
+    fit = [r for r in rows[1:] if lost[r["way"]] <= 0.01] or [min(rows[1:], key=lambda r: lost[r["way"]])]
+    best = max(fit, key=lambda r: r["decode_1"])
+    best = best if best["decode_1"] > base["decode_1"] else min(fit, key=lambda r: r["memory"])
+    if args.json:
+        show(json.dumps(dict(rows=rows, recommended=best["way"])), end="\n")
+    else:
+        show(f"{'':8} bits/byte    lost  disk MB  memory MB  tok/s at 1  of bound  tok/s at 8  of bound  prefill\n")
+        for r in rows:
+            show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:8.1f} "
+                 f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
+                 f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
+        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
+             f"{base['disk'] / best['disk']:.1f} times smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
+    plot_compared(rows, Path("compare.png"))
+
+
+def compared(args, way, corpus, text, machine, folder):
+    """One row of `compare`."""
+    options = dict(device=args.device, dtype=args.dtype)
+    if way == "float32":
+        made, folder = None, Path(args.model)
+    else:
+        made = LLM(args.model, **options, quantize=way, group_size=args.group_size, calibration=corpus.train,
+                   save=folder)
+    llm = made or LLM(folder, **options)
+    row = dict(way=way, bits_per_byte=score(llm, text)["bits_per_byte"], memory=memory_held(llm.model),
+               disk=sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+    del made, llm
+    for batch in (1, 8):
+        new, prompt = 32, min(args.prompt_tokens, 64)
+        llm = LLM(folder, **options, max_num_seqs=batch, num_blocks=batch * -(-(prompt + new + 1) // 16),
+                  prefix_caching=False, compile=bool(args.compile))
+        prompt = max(1, min(prompt, llm.room - new))
+        r = bench(llm, machine, batch, prompt, new)
+        row |= {f"decode_{batch}": r["decode_tokens_per_second"], f"share_{batch}": r["bound_share"]}
+    llm = LLM(folder, **options, max_num_seqs=1, prefix_caching=False, compile=False)
+    return row | dict(prefill=bench(llm, machine, 1, min(512, llm.room - 2), 1)["prefill_tokens_per_second"])
+
+
+def memory_held(model):
+    """Bytes of a model's weights as they lie in memory, copies in another order included."""
+    whole = sum(w.numel() * w.element_size() for w in {w.data_ptr(): w for w in model.parameters()}.values())
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            whole += module.held()
+        elif isinstance(module, Table):
+            whole += module.q.numel() + 4 * module.scale.numel()
+        elif getattr(module, "packed", None) is not None:
+            whole += module.weight.numel() * module.weight.element_size()
+    return whole
+
+
+def plot_compared(rows, path):
+    """compare.png: what each way costs in bits per byte, and what it gives in size and speed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), dpi=120, layout="constrained")
+    for r in rows:
+        left.plot(r["disk"] / 1e6, r["bits_per_byte"], "o", color="#08519c")
+        left.annotate(r["way"], (r["disk"] / 1e6, r["bits_per_byte"]), xytext=(6, 4), textcoords="offset points")
+    left.set(xlabel="MB on disk", ylabel="bits per byte", xlim=(0, None))
+    places = np.arange(len(rows))
+    for shift, batch, color in ((-0.2, 1, "#08519c"), (0.2, 8, "#6baed6")):
+        right.bar(places + shift, [r[f"decode_{batch}"] for r in rows], 0.4, color=color, label=f"batch {batch}")
+    right.set(ylabel="tokens/s", xticks=places, xticklabels=[r["way"] for r in rows])
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15, y=0.15)
+    with train.replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    plt.close(figure)
+
+
+# --- 10. The server: OpenAI's interface on the engine -----------------------------------------------------------------
+#
+# Three places of work, so that none holds up another. The event loop reads and writes sockets and computes nothing. One
+# worker thread takes requests apart: JSON, chat template, tokens, checks. The engine's thread owns the LLM: it takes
+# orders from a queue, steps, and hands to the loop what is new.
+
+BODY, HEAD_SECONDS, BODY_SECONDS = 4 * 2 ** 20, 30, 30                       # bytes; seconds for a head, a body
+LIKELY, STOPS, STOP_LENGTH = 20, 16, 256                                     # logprobs, stop strings, their length
+EVENTS = 250                                                                 # a second over all streams, about
+NUMBER = (int, float)
+SETTINGS = {"temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 0, 1), "min_p": (NUMBER, 0, 1),
+            "top_k": (int, -1, 2 ** 63), "repetition_penalty": (NUMBER, 0.01, 100), "presence_penalty": (NUMBER, -2, 2),
+            "frequency_penalty": (NUMBER, -2, 2), "seed": (int, -2 ** 63, 2 ** 64), "n": (int, 1, 2 ** 63)}
+NOT_HERE = ("tools", "tool_choice", "functions", "function_call", "audio", "modalities", "prediction",
+            "web_search_options", "suffix")                                  # fields that ask for what is not done here
+NOTHING = (None, "", "none", [], ["text"])                                   # values of theirs that ask for nothing
+KINDS = {bool: "true or false", int: "a whole number", NUMBER: "a number", str: "a string", dict: "an object",
+         list: "a list", (str, list): "a string or a list"}
+
+
+class Refused(Exception):
+    """An answer that is an error, in OpenAI's form. param: the field that is to blame."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(message)
+        message = train.mend(message if len(message) <= 500 else message[:500] + "…")
+        kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+        self.status, self.headers = status, {"content-type": "application/json"} | (headers or {})
+        self.error = {"error": dict(message=message, type=kind, param=param, code=code)}
+
+    async def __call__(self, scope, receive, send):
+        await reply(send, self.status, self.error, self.headers)
+
+
+class Gone(Exception):
+    """The client has left: nobody reads an answer."""
+
+
+async def reply(send, status, body, headers=None):
+    """A whole answer: bytes, or an object as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
+    await send({"type": "http.response.start", "status": status,
+                "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def read_body(scope, receive, keep=True):
+    """A request's body; None unless `keep`. What is not wanted is read all the same, within reason: only then does the
+    answer get through.
+    """
+    declared, parts, size = int(dict(scope["headers"]).get(b"content-length", 0)), [], 0
+
+    async def read():
+        nonlocal size
+        more = declared <= 16 * BODY
+        while more and size <= 16 * BODY:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if keep and size <= BODY:
+                parts.append(message.get("body", b""))
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s", None, None,
+                      {"connection": "close"}) from None
+    if keep and max(size, declared) > BODY:
+        raise Refused(413, f"the body is longer than {BODY} bytes", headers={"connection": "close"})
+    return b"".join(parts) if keep else None
+
+
+def parse_body(data, kind=b"application/json"):
+    """Bytes → dict. Strict: a name once, numbers finite and within 64 bits, an object. Refused says what is not so."""
+    if kind.split(b";")[0].strip().lower() not in (b"application/json", b""):
+        raise Refused(415, "the content-type must be application/json")
+
+    def once_each(pairs):
+        body = dict(pairs)
+        if len(body) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = train.mend(next(name for name in names if names.count(name) > 1))[:100]
+            raise Refused(400, f"the field {twice!r} is there twice", param=twice)
+        return body
+
+    def finite(text):
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:40]} is not a finite number")
+        return value
+
+    def whole(text):
+        if len(text) > 20:
+            raise ValueError(f"{text[:20]}… is too large a number")
+        return int(text)
+    try:
+        body = json.loads(data, object_pairs_hook=once_each, parse_float=finite, parse_constant=finite, parse_int=whole)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise Refused(400, f"the body is not JSON as it should be: {reason}") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return body
+
+
+def short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+class Fields:
+    """A JSON object, taken apart by name. What nobody took stays in `left`."""
+
+    def __init__(self, body, where=""):
+        self.left, self.where = dict(body), where
+
+    def take(self, name, kind, default=None, low=None, high=None):
+        """The field's value, or the default where it is absent or null. Refused names it where it does not fit."""
+        value, name = self.left.pop(name, None), self.where + name
+        if value is None:
+            return default
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or low is not None and not low <= value <= high:
+            span = "" if low is None else f" from {low}" + (f" to {high}" if high < 2 ** 62 else "")
+            raise Refused(400, f"{name} is {short(value)}: it must be {KINDS[kind]}{span}", param=name)
+        return value
+
+
+def constraint(fields):
+    """What `response_format` and `regex` ask for, as settings. Refused where `Sampling` has no such setting."""
+    asked, form = {}, Fields(fields.take("response_format", dict, {}), "response_format.")
+    kind = form.take("type", str, "text")
+    if kind == "json_object":
+        asked["json_schema"] = {"type": "object"}
+    elif kind == "json_schema":
+        inner = Fields(form.take("json_schema", dict, {}), "response_format.json_schema.")
+        asked["json_schema"] = inner.take("schema", dict, {"type": "object"})
+    elif kind != "text":
+        raise Refused(400, f"response_format.type is {short(kind)}: it must be text, json_object or json_schema",
+                      param="response_format.type")
+    if (regex := fields.take("regex", str)) is not None:
+        asked["regex"] = regex
+    for name in asked:
+        if name not in Sampling.__dataclass_fields__:
+            field = {"json_schema": "response_format"}.get(name, name)
+            raise Refused(400, f"{field} is not supported: this engine does not constrain what it writes", param=field)
+    return asked
+
+
+class Choice:
+    """One text of a job, and how much of it is told: tokens, and what their bytes spell so far."""
+
+    def __init__(self, job, index, request):
+        self.job, self.index, self.request = job, index, request
+        self.told, self.counted, self.due, self.began = 0, 0, 0.0, None
+        self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+
+    @property
+    def made(self):
+        """How many tokens there are."""
+        return len(self.request.ids) - len(self.request.prompt)
+
+    def spell(self, token, last=False):
+        """The text that this token's bytes complete, and where it begins. Joined they are the text."""
+        text, begin = self.decoder.decode(self.job.llm.tokenizer.token_bytes(token), final=last), self.offset
+        self.offset += len(text)
+        return text, begin
+
+
+class Job:
+    """What one HTTP request waits for: its texts, which the engine's thread posts and the event loop tells.
+
+    The worker thread makes it of the request's body; how it is read and told is its dialect's, a subclass.
+    """
+
+    def __init__(self, service, body):
+        fields, self.service, self.llm = Fields(body), service, service.llm
+        model = fields.take("model", str, service.name)
+        if model not in service.names:
+            raise Refused(404, f"the model {short(model)} does not exist; there is {service.name!r}",
+                          param="model", code="model_not_found")
+        for name in NOT_HERE:
+            if fields.left.pop(name, None) not in NOTHING:
+                raise Refused(400, f"{name} is not supported", param=name)
+        self.stream = fields.take("stream", bool, False)
+        options = fields.take("stream_options", dict)
+        if options is not None and not self.stream:
+            raise Refused(400, "stream_options is only for stream: true", param="stream_options")
+        options = Fields(options or {}, "stream_options.")
+        self.include_usage = options.take("include_usage", bool, False)
+        settings = self.settings(fields)
+        prompts = self.read(fields, settings)
+        if (count := settings["n"] * len(prompts)) > service.most:
+            raise Refused(400, f"{count} texts are asked for: at most {service.most} are made at once", param="n")
+        requests = [r for i, prompt in enumerate(prompts)
+                    for r in self.requests(prompt, settings, f"prompt {i}: " if len(prompts) > 1 else "")]
+        self.choices = [Choice(self, index, r) for index, r in enumerate(requests)]
+        self.ignored = [*fields.left, *(options.where + name for name in options.left)]
+        self.head = dict(id=self.PREFIX + secrets.token_hex(12), object=self.OBJECT, created=int(time.time()),
+                         model=service.name)
+        self.news, self.late, self.arrived = deque(), False, time.perf_counter()
+
+    def settings(self, fields):
+        """The fields that both dialects share → settings of `Sampling`."""
+        settings = dict(n=1) | {name: value for name, (kind, low, high) in SETTINGS.items()
+                                if (value := fields.take(name, kind, None, low, high)) is not None}
+        if 0 < settings.get("temperature", 1) < 0.01:
+            settings["temperature"] = 0.01                                   # logits divided by less leave float32
+        if "top_k" in settings:
+            settings["top_k"] = min(max(settings["top_k"], 0), self.llm.model.config.vocab)
+        stop = fields.take("stop", (str, list), [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if len(stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_LENGTH for s in stop):
+            raise Refused(400, f"stop is {short(stop)}: it must be up to {STOPS} strings, none empty, none longer than "
+                          f"{STOP_LENGTH} characters", param="stop")
+        bias = fields.take("logit_bias", dict, {})
+        if not all(isinstance(v, NUMBER) and not isinstance(v, bool) and -100 <= v <= 100 for v in bias.values()):
+            raise Refused(400, "logit_bias must be numbers from -100 to 100 by token ids", param="logit_bias")
+        ignore_eos = fields.take("ignore_eos", bool, False)
+        return settings | dict(stop=stop, logit_bias=bias, ignore_eos=ignore_eos) | constraint(fields)
+
+    def requests(self, prompt, settings, where):
+        """A prompt's requests, as the engine checks them. What it refuses is a 400 that names the field."""
+        try:
+            return self.llm.requests(prompt, Sampling(**settings))
+        except ValueError as error:
+            message = str(error).removeprefix("prompt 0: ")
+            name = message.split(" ", 1)[0]
+            raise Refused(400, where + message, param=name if name in settings else self.PROMPT,
+                          code="context_length_exceeded" if "exceed" in message else None) from None
+
+    def post(self, choice, now):
+        """In the engine's thread: a text has grown or ended → whether the loop is to be woken for it."""
+        end = choice.request.finish_reason
+        choice.due = math.inf                                                # a whole reply is told at its end; of many
+        if self.stream:                                                      # streams each takes more tokens an event
+            choice.due = now + min(self.service.streams, self.llm.scheduler.most) / EVENTS
+        if end or self.stream:
+            self.news.append((choice, choice.request.news() if self.stream else "", choice.made, end))
+        return bool(end or self.stream)
+
+    async def answer(self, send):
+        """In the event loop: tell the texts, as they grow or when all have ended."""
+        left = len(self.choices)
+        if self.stream:
+            await send({"type": "http.response.start", "status": 200, "headers": [
+                (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"), *self.headers()]})
+            await self.write(send, [self.opening(c) for c in self.choices] if self.OPENS else [])
+        while left:
+            await self.woken.wait()
+            self.woken.clear()
+            fresh = {}                                                       # choice → its text, tokens, end
+            while self.news:
+                choice, text, made, end = self.news.popleft()
+                fresh[choice] = fresh.get(choice, ("",))[0] + text, made, end
+                left -= end is not None
+            if failed := self.failure():
+                if not self.stream:
+                    raise failed
+                return await self.write(send, [failed.error], more=False)
+            if self.stream:
+                await self.write(send, [told for c, (text, made, end) in fresh.items()
+                                        if (told := self.piece(c, text, made, end))])
+        if self.stream:
+            usage = [self.chunk([], self.usage())] if self.include_usage else []
+            await self.write(send, usage, b"data: [DONE]\n\n", more=False)
+        else:
+            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in self.headers()}
+            await reply(send, 200, self.head | dict(choices=[self.whole(c) for c in self.choices], usage=self.usage()),
+                        headers)
+
+    def failure(self):
+        """Where a text ended by no doing of its own: what to answer."""
+        for r in (c.request for c in self.choices):
+            if r.finish_reason == "error":
+                return Refused(500, r.error)
+            if r.finish_reason == "abort":
+                return Refused(504, f"not done within {self.service.timeout:g} s", code="timeout")
+
+    def chunk(self, choices, usage=None):
+        """One event of a stream."""
+        body = self.head | dict(object=self.CHUNK, choices=choices)
+        return body | dict(usage=usage) if self.include_usage else body
+
+    async def write(self, send, chunks, end=b"", more=True):
+        data = b"".join(b"data: " + json.dumps(c, allow_nan=False).encode() + b"\n\n" for c in chunks) + end
+        if data:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    def headers(self):
+        """Names the fields that nothing has read."""
+        names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:64] for name in self.ignored[:20]]
+        return [(b"x-ignored-fields", ", ".join(names).encode())] if names else []
+
+    def length(self, choice):
+        return choice.made
+
+    def usage(self):
+        first = self.choices[::self.choices[0].request.sampling.n]           # a prompt counts once for all its texts
+        read, made = sum(len(c.request.prompt) for c in first), sum(map(self.length, self.choices))
+        return dict(prompt_tokens=read, completion_tokens=made, total_tokens=read + made,
+                    prompt_tokens_details=dict(cached_tokens=sum(c.request.cached_tokens or 0 for c in first)))
+
+
+def floor(logprob):
+    """JSON has no −∞."""
+    return max(logprob, -9999.0)
+
+
+class Completion(Job):
+    """/v1/completions: a prompt or several, as text or tokens."""
+    PREFIX, OBJECT, CHUNK, OPENS, PROMPT = "cmpl-", "text_completion", "text_completion", False, "prompt"
+
+    def read(self, fields, settings):
+        """→ prompts; settings get what is this dialect's."""
+        prompts = fields.take("prompt", (str, list), [])
+        many = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
+        self.prompts = prompts = prompts if many else [prompts]
+        ids = lambda x: isinstance(x, list) and x and all(type(i) is int for i in x)
+        if not all(isinstance(p, str) for p in prompts) and not all(map(ids, prompts)):
+            raise Refused(400, "prompt must be a string, a list of token ids, or a list of either, none empty",
+                          param="prompt")
+        self.echo = fields.take("echo", bool, False)
+        best = fields.take("best_of", int, settings["n"], 1, 2 ** 63)
+        if best != settings["n"]:
+            raise Refused(400, f"best_of is {best}: only texts that are returned are made, so it must be n",
+                          param="best_of")
+        settings["logprobs"] = fields.take("logprobs", int, None, 0, LIKELY)
+        if self.echo and settings["logprobs"] is not None:
+            settings["prompt_logprobs"] = settings["logprobs"]
+        most = fields.take("max_tokens", int, 16, 0, 2 ** 63)                # OpenAI's default
+        self.silent = most == 0                                              # only the prompt is wanted
+        settings["max_tokens"] = max(most, 1)
+        return prompts
+
+    def length(self, choice):
+        return 0 if self.silent else choice.made
+
+    def piece(self, choice, text, made, end):
+        """The event for a text that has grown to `made` tokens; None where there is nothing to tell yet."""
+        start, choice.told, r = choice.told, made, choice.request
+        prompt = self.prompts[choice.index // r.sampling.n]
+        tokens = list(zip(r.ids[len(r.prompt) + start:len(r.prompt) + made], (r.logprobs or [])[start:made]))
+        if self.silent:
+            text, tokens, end = "", [], end and "length"
+        if self.echo and not start:
+            text = (train.mend(prompt) if isinstance(prompt, str) else self.llm.tokenizer.decode(prompt)) + text
+            skip = len(self.llm.tokenizer.start_ids) if isinstance(prompt, str) else 0
+            tokens = list(zip(r.prompt, r.prompt_logprobs or []))[skip:] + tokens
+        if not text and not end and not tokens:
+            return None
+        logprobs = None if r.logprobs is None else self.logprobs(choice, tokens, end)
+        return self.chunk([dict(index=choice.index, text=text, logprobs=logprobs, finish_reason=end)])
+
+    def whole(self, choice):
+        (told,) = self.piece(choice, choice.request.text, choice.made, choice.request.finish_reason)["choices"]
+        return told
+
+    def logprobs(self, choice, tokens, end):
+        told = dict(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for i, (token, likely) in enumerate(tokens):
+            text, begin = choice.spell(token, last=bool(end) and i == len(tokens) - 1)
+            top = likely and {text if t == token else self.service.spelled(t): floor(p) for t, p in likely.items()}
+            for name, value in zip(told, (text, likely and floor(likely[token]), top, begin)):
+                told[name].append(value)
+        return told
+
+
+class Chat(Job):
+    """/v1/chat/completions: messages, through the folder's chat template."""
+    PREFIX, OBJECT, CHUNK, OPENS, PROMPT = "chatcmpl-", "chat.completion", "chat.completion.chunk", True, "messages"
+
+    def read(self, fields, settings):
+        ids = self.service.chat_ids(fields)
+        likely = fields.take("top_logprobs", int, None, 0, LIKELY)
+        if fields.take("logprobs", bool, False):
+            settings["logprobs"] = likely or 0
+        elif likely is not None:
+            raise Refused(400, "top_logprobs is only for logprobs: true", param="top_logprobs")
+        most = fields.take("max_tokens", int, None, 1, 2 ** 63)
+        settings["max_tokens"] = fields.take("max_completion_tokens", int, most, 1, 2 ** 63) or max(
+            1, self.service.room - len(ids))                                 # as long as the context is
+        return [ids]
+
+    def opening(self, choice):
+        return self.chunk([dict(index=choice.index, delta=dict(role="assistant", content=""), logprobs=None,
+                                finish_reason=None)])
+
+    def piece(self, choice, text, made, end):
+        start, choice.told = choice.told, made
+        logprobs = self.logprobs(choice, start, made)
+        if not text and not end and not logprobs:
+            return None
+        return self.chunk([dict(index=choice.index, delta=dict(content=text) if text else {}, logprobs=logprobs,
+                                finish_reason=end)])
+
+    def whole(self, choice):
+        r = choice.request
+        return dict(index=choice.index, message=dict(role="assistant", content=r.text, refusal=None),
+                    logprobs=self.logprobs(choice, 0, choice.made), finish_reason=r.finish_reason)
+
+    def logprobs(self, choice, start, stop):
+        r = choice.request
+        entry = lambda token, p: dict(token=self.service.spelled(token), logprob=floor(p),
+                                      bytes=list(self.llm.tokenizer.token_bytes(token)))
+        return None if r.logprobs is None else dict(refusal=None, content=[
+            entry(token, likely[token]) | dict(top_logprobs=[
+                entry(t, p) for t, p in itertools.islice(likely.items(), r.sampling.logprobs)])
+            for token, likely in zip(r.tokens[start:stop], r.logprobs[start:stop])])
+
+
+class Service:
+    """The engine's thread, which owns the LLM, and the worker's.
+
+    max_queue   texts that may wait beside the max_num_seqs that run; more are refused with 429
+    timeout     seconds that a request may take
+    """
+
+    def __init__(self, llm, max_queue=256, timeout=600.0):
+        self.llm, self.timeout, self.most = llm, timeout, llm.scheduler.most + max_queue
+        self.name = llm.folder.resolve().name or "model"
+        self.names = {self.name, str(llm.folder), str(llm.folder.resolve())}
+        self.room, self.template = min(llm.room, llm.blocks.total * llm.blocks.size), chat_template(llm.folder)
+        self.arriving = self.texts = self.streams = 0                        # the event loop's
+        self.orders, self.active = queue.SimpleQueue(), {}                   # active: request → choice, the engine's
+        self.metrics = Metrics(self)
+        self.worker = ThreadPoolExecutor(1, "worker")                        # one: a tokenizer is no place for two
+        self.engine = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.engine.start()
+
+    def close(self):
+        self.orders.put(None)
+        self.worker.shutdown(wait=False)
+        self.engine.join()
+
+    def spelled(self, token):
+        """A token by itself, as a string: its text, or the bytes of what is part of a character."""
+        data = self.llm.tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def chat_ids(self, fields):
+        """Takes `messages` → the ids of the prompt that the folder's template makes of them."""
+        messages = fields.take("messages", list)
+        if not messages:
+            raise Refused(400, "messages must be a list of at least one message", param="messages")
+        if not self.template:
+            raise Refused(400, f"the model {self.name!r} has no chat template: use /v1/completions", param="messages")
+        messages = [self.message(m, f"messages[{i}]", fields) for i, m in enumerate(messages)]
+        try:
+            return chat_ids(self.llm.tokenizer, self.template, messages)
+        except ValueError as error:
+            raise Refused(400, str(error), param="messages") from None
+
+    def message(self, message, where, fields):
+        """One message, checked → {"role", "content"}, its text parts as lines of one text."""
+        if not isinstance(message, dict):
+            raise Refused(400, f"{where} is {short(message)}: it must be an object", param=where)
+        own = Fields(message, where + ".")
+        role, content = own.take("role", str), own.take("content", (str, list))
+        if role not in ("system", "developer", "user", "assistant"):
+            raise Refused(400, f"{where}.role is {short(role)}: it must be system, developer, user or assistant",
+                          param=where + ".role")
+        for name in ("tool_calls", "function_call", "audio"):
+            if own.left.pop(name, None) not in NOTHING:
+                raise Refused(400, f"{where}.{name} is not supported", param=f"{where}.{name}")
+        if content is None:
+            raise Refused(400, f"{where}.content must be a string or a list of text parts", param=where + ".content")
+        for i, part in enumerate(content if isinstance(content, list) else []):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise Refused(400, f'{where}.content[{i}] must be {{"type": "text", "text": a string}}',
+                              param=f"{where}.content[{i}]")
+        for name, value in own.left.items():
+            if value is not None:
+                fields.left[own.where + name] = value                        # told as ignored
+        if role == "developer" and "developer" not in self.template[0]:
+            role = "system"                                                  # its name before 2025
+        return dict(role=role, content=content if isinstance(content, str) else "\n".join(p["text"] for p in content))
+
+    # In the event loop
+
+    async def take(self, scope, receive, make):
+        """A request's body, read, and `make(body)` by the worker thread."""
+        if self.arriving + self.texts >= self.most:
+            await read_body(scope, receive, keep=False)
+            raise self.busy()
+        self.arriving += 1
+        try:
+            data, kind = await read_body(scope, receive), dict(scope["headers"]).get(b"content-type", b"")
+            return await asyncio.get_running_loop().run_in_executor(
+                self.worker, lambda: make(parse_body(data, kind)))
+        finally:
+            self.arriving -= 1
+
+    def busy(self):
+        return Refused(429, f"{self.texts} texts are in the making or wait, of {self.most} at most: try again later",
+                       code="rate_limit_exceeded", headers={"retry-after": "1"})
+
+    def submit(self, job):
+        if self.texts + len(job.choices) > self.most:
+            raise self.busy()
+        self.texts += len(job.choices)
+        self.streams += job.stream
+        job.loop, job.woken = asyncio.get_running_loop(), asyncio.Event()
+        self.orders.put((self.begin, job))
+
+    def leave(self, job):
+        """The job is over, however it ended: what of it still runs ends now, and its blocks are free."""
+        self.texts -= len(job.choices)
+        self.streams -= job.stream
+        if any(c.request.finish_reason is None for c in job.choices):
+            self.orders.put((self.abort, job))
+
+    # In the engine's thread
+
+    def begin(self, job):
+        for choice in job.choices:
+            self.active[choice.request] = choice
+            self.llm.scheduler.add(choice.request)
+
+    def abort(self, job):
+        ended = [c.request for c in job.choices if c.request.finish_reason is None]
+        for r in ended:
+            self.llm.abort(r)
+        self.deliver(ended)
+
+    def run(self):
+        """Orders first; then, while there are texts to make, one step after the other."""
+        while True:
+            while not self.active or not self.orders.empty():
+                if (order := self.orders.get()) is None:
+                    return
+                order[0](order[1])
+            try:
+                self.deliver(self.llm.step())
+            except Exception as error:                                       # out of memory, a kernel's failure
+                self.fail(error)
+
+    def fail(self, error):
+        """A step failed: the texts it worked on end with an error, and those that waited go on."""
+        traceback.print_exception(error)
+        s = self.llm.scheduler
+        ended = list(s.running or s.waiting)
+        for r in ended:
+            s.leave(r)
+            r.finish_reason, r.error = "error", f"the engine failed at this text ({type(error).__name__})"
+        self.deliver(ended)
+
+    def deliver(self, requests):
+        """Post what is new, and wake the loops that wait for it: once a step, not once a text."""
+        woken, now = {}, time.perf_counter()                                 # woken: loop → jobs
+        for r in requests:
+            choice = self.active[r]
+            if not r.finish_reason and now < choice.due:
+                continue
+            if r.finish_reason:
+                del self.active[r]
+            self.metrics.note(choice, now)
+            if choice.job.post(choice, now):
+                woken.setdefault(choice.job.loop, {})[choice.job] = None
+        for loop, jobs in woken.items():
+            with contextlib.suppress(RuntimeError):                          # a loop that is closed waits for nothing
+                loop.call_soon_threadsafe(lambda jobs=jobs: [job.woken.set() for job in jobs])
+
+
+class Metrics:
+    """What /metrics tells, by vLLM's names, so that its dashboards fit."""
+    SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+    TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+    def __init__(self, service):
+        import prometheus_client as prometheus
+        self.prometheus, self.service, self.registry = prometheus, service, prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        make = lambda name, what, buckets: prometheus.Histogram(
+            "vllm:" + name, what, ["model_name"], registry=self.registry, buckets=buckets).labels(service.name)
+        self.first = make("time_to_first_token_seconds", "From a request to its first token.", self.SECONDS)
+        self.between = make("inter_token_latency_seconds", "From one token of a text to its next, the mean of a text.",
+                            self.SECONDS)
+        self.whole = make("e2e_request_latency_seconds", "From a request to its last token.", self.SECONDS)
+        self.read = make("request_prompt_tokens", "Tokens of a prompt.", self.TOKENS)
+        self.made = make("request_generation_tokens", "Tokens of a text.", self.TOKENS)
+        self.counts = Counter()
+        self.registry.register(self)
+
+    def note(self, choice, now):
+        """A text has grown or ended."""
+        r, since = choice.request, choice.job.arrived
+        self.counts["generation_tokens"] += choice.made - choice.counted
+        choice.counted = choice.made
+        if choice.began is None and choice.made:
+            choice.began = now
+            self.first.observe(now - since)
+            self.read.observe(len(r.prompt))
+            self.counts.update(prompt_tokens=len(r.prompt), prefix_cache_queries=len(r.prompt),
+                               prefix_cache_hits=r.cached_tokens or 0)
+        if r.finish_reason:
+            self.counts["finished", r.finish_reason] += 1
+            self.whole.observe(now - since)
+            self.made.observe(choice.made)
+            if choice.made > 1:
+                self.between.observe((now - choice.began) / (choice.made - 1))
+
+    def collect(self):
+        stats, family = self.service.llm.stats(), self.prometheus.metrics_core
+        for name, what, value in (
+                ("num_requests_running", "Texts in the making.", stats["running"]),
+                ("num_requests_waiting", "Texts that wait.", stats["waiting"]),
+                ("kv_cache_usage_perc", "Share of the cache's blocks that are held; 1: all.",
+                 1 - stats["free_blocks"] / stats["total_blocks"])):
+            gauge = family.GaugeMetricFamily("vllm:" + name, what, labels=["model_name"])
+            gauge.add_metric([self.service.name], value)
+            yield gauge
+        counts = dict(self.counts)
+        for name, what, value in (
+                ("num_preemptions", "Texts that were set back as blocks ran out.", stats["preemptions"]),
+                ("prompt_tokens", "Tokens of prompts.", counts.get("prompt_tokens", 0)),
+                ("generation_tokens", "Tokens made.", counts.get("generation_tokens", 0)),
+                ("prefix_cache_queries", "Tokens of prompts that the prefix cache was asked for.",
+                 counts.get("prefix_cache_queries", 0)),
+                ("prefix_cache_hits", "Those that it had.", counts.get("prefix_cache_hits", 0))):
+            counter = family.CounterMetricFamily("vllm:" + name, what, labels=["model_name"])
+            counter.add_metric([self.service.name], value)
+            yield counter
+        success = family.CounterMetricFamily("vllm:request_success", "Texts that have ended, by how.",
+                                             labels=["model_name", "finished_reason"])
+        for reason in ("stop", "length", "abort", "error"):
+            success.add_metric([self.service.name, reason], counts.get(("finished", reason), 0))
+        yield success
+
+    def text(self):
+        return self.prometheus.generate_latest(self.registry)
+
+
+class Generate:
+    """An endpoint that makes texts: accept, answer, and stop when the client leaves or time is up."""
+
+    def __init__(self, service, dialect):
+        self.service, self.dialect = service, dialect
+
+    async def __call__(self, scope, receive, send):
+        service = self.service
+        job = await service.take(scope, receive, lambda body: self.dialect(service, body))
+        service.submit(job)
+        scope["job"] = job                                                   # for the access log
+        work, gone = asyncio.ensure_future(job.answer(send)), asyncio.ensure_future(left(receive))
+        try:
+            await asyncio.wait((work, gone), timeout=service.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not gone.done():
+                job.late = True
+                service.orders.put((service.abort, job))
+                await asyncio.wait((work, gone), timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            service.leave(job)
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+
+
+async def left(receive):
+    """Until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def tokenize(service, body):
+    """/tokenize, as vLLM has it: `prompt`, or `messages` through the chat template."""
+    fields, tokenizer = Fields(body), service.llm.tokenizer
+    if "messages" in body:
+        ids = service.chat_ids(fields)
+    else:
+        if (text := fields.take("prompt", str)) is None:
+            raise Refused(400, "prompt must be a string", param="prompt")
+        try:
+            ids = tokenizer.encode(text)
+            ids = tokenizer.start_ids + ids if fields.take("add_special_tokens", bool, True) else ids
+        except ValueError as error:
+            raise Refused(400, str(error), param="prompt") from None
+    strings = [service.spelled(i) for i in ids] if fields.take("return_token_strs", bool, False) else None
+    return dict(count=len(ids), max_model_len=service.llm.context, tokens=ids, token_strs=strings)
+
+
+def detokenize(service, body):
+    """/detokenize, as vLLM has it: `tokens` → `prompt`."""
+    V, ids = service.llm.model.config.vocab, Fields(body).take("tokens", list)
+    if ids is None or not all(type(i) is int and 0 <= i < V for i in ids):
+        raise Refused(400, f"tokens must be a list of token ids from 0 to {V - 1}", param="tokens")
+    return dict(prompt=train.mend(service.llm.tokenizer.decode(ids)))
+
+
+class Log:
+    """Lines to standard error by a thread of its own: where nobody reads them they are dropped, and no one waits."""
+
+    def __init__(self):
+        self.lines = queue.Queue(1000)
+        self.thread = threading.Thread(target=self.run, args=(sys.stderr,), name="log", daemon=True)
+        self.thread.start()
+
+    def run(self, stream):
+        while (line := self.lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):                   # a closed pipe
+                print(line, file=stream, flush=True)
+
+    def __call__(self, line):
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(line)
+
+    def close(self):
+        self(None)
+        self.thread.join(1)
+
+
+class Gate:
+    """Around all routes: who may enter, what browsers may do, a log line a request, and an end for what went wrong."""
+    OPEN = ("/", "/health", "/metrics")                                      # without a key
+    EVERYWHERE = [(b"access-control-allow-origin", b"*"), (b"x-content-type-options", b"nosniff"),
+                  (b"access-control-expose-headers", b"x-ignored-fields, x-request-id, retry-after")]
+
+    def __init__(self, app, key, log):
+        digest = lambda text: hashlib.sha256(text).digest()                  # of one length, so that a comparison tells
+        self.app, self.log, self.key = app, log, key and digest(key.encode())  # nothing of it by its time
+        self.fits = lambda given: hmac.compare_digest(digest(given), self.key)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status, number = time.perf_counter(), 0, secrets.token_hex(8)
+
+        async def noted(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *self.EVERYWHERE, (b"x-request-id", number.encode())]
+            await send(message)
+        try:
+            await self.enter(scope, receive, noted)
+        except Gone:
+            pass
+        except Exception as error:                                           # ours to mend: told here, not there
+            self.log("".join(traceback.format_exception(error)).rstrip())
+        finally:
+            job = scope.get("job")
+            told = f"{job.usage()['prompt_tokens']}+{job.usage()['completion_tokens']} tokens " if job else ""
+            self.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method'][:10]} {ascii(scope['path'][:80])[1:-1]} "
+                     f"{status or 'client left'} {1000 * (time.perf_counter() - start):.0f} ms {told}{number}")
+
+    async def enter(self, scope, receive, send):
+        headers = dict(scope["headers"])
+        if scope["method"] == "OPTIONS":                                     # a browser's question, asked without a key
+            wanted = headers.get(b"access-control-request-headers", b"authorization, content-type")
+            return await reply(send, 200, b"", {"access-control-allow-methods": "GET, POST, OPTIONS",
+                                                "access-control-allow-headers": wanted.decode("latin-1"),
+                                                "access-control-max-age": "86400"})
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        fits = not self.key or scheme.lower() == b"bearer" and self.fits(given.strip())
+        if not fits and scope["path"] not in self.OPEN:
+            await read_body(scope, receive, keep=False)
+            return await Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY",
+                                 code="invalid_api_key", headers={"www-authenticate": "Bearer"})(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def application(service, key=None, log=print):
+    """The whole interface as an ASGI application, `log` for its lines."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+    page = (Path(__file__).parent / "assets" / "page.html").read_bytes()
+    card = dict(id=service.name, object="model", created=int(time.time()), owned_by="twin",
+                max_model_len=service.llm.context, chat=bool(service.template))
+
+    async def show_page(request):
+        return Response(page, media_type="text/html", headers={
+            "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "referrer-policy": "no-referrer"})
+
+    async def models(request):
+        if (wanted := request.path_params.get("model")) is None:
+            return JSONResponse(dict(object="list", data=[card]))
+        if wanted not in service.names:
+            raise Refused(404, f"the model {short(wanted)} does not exist", param="model", code="model_not_found")
+        return JSONResponse(card)
+
+    async def health(request):
+        alive = service.engine.is_alive()
+        return JSONResponse(dict(status="ok" if alive else "the engine has ended"), 200 if alive else 503)
+
+    async def metrics(request):
+        return Response(service.metrics.text(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    def asked(make):
+        async def endpoint(request):
+            return JSONResponse(await service.take(request.scope, request.receive, lambda body: make(service, body)))
+        return endpoint
+
+    async def no_such(request, error):
+        what = {404: "there is no such path", 405: f"{request.method[:10]} is not for this path"}
+        return Refused(error.status_code, what.get(error.status_code, error.detail), headers=error.headers)
+
+    async def refused(request, error):
+        return error
+
+    async def unheard(request, error):
+        return lambda scope, receive, send: asyncio.sleep(0)
+
+    async def broken(request, error):
+        return Refused(500, "something went wrong here")
+    handlers = {400: no_such, 404: no_such, 405: no_such, Refused: refused, Gone: unheard, Exception: broken}
+    post = dict(methods=["POST"])
+    return Gate(Starlette(exception_handlers=handlers, routes=[
+        Route("/", show_page), Route("/health", health), Route("/metrics", metrics),
+        Route("/v1/models", models), Route("/v1/models/{model:path}", models),
+        Route("/v1/completions", Generate(service, Completion), **post),
+        Route("/v1/chat/completions", Generate(service, Chat), **post),
+        Route("/tokenize", asked(tokenize), **post), Route("/detokenize", asked(detokenize), **post)]), key, log)
+
+
+def listener(app, timeout):
+    """A uvicorn server for the application: the first signal drains it, a second one ends it."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Guarded(H11Protocol):
+        """Ends connections that bring no whole head of a request in time, and those that take no answer."""
+        seen = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            sock = transport.get_extra_info("socket")                        # small writes wait for no other
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
+
+        def connection_lost(self, error):
+            self.timer.cancel()
+            super().connection_lost(error)
+
+        def look(self):
+            idle = self.cycle is None or self.cycle.response_complete
+            if self.transport.is_closing() or idle and self.cycle is self.seen:
+                return self.transport.abort()                                # twice idle with nothing between
+            self.seen = self.cycle if idle else self
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.look)
+
+        def send_400_response(self, message):
+            body = json.dumps(Refused(400, message).error).encode()
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                                 b"content-length: %d\r\n\r\n" % len(body) + body)
+            self.transport.close()
+
+    class Listener(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self):
+            here = threading.current_thread() is threading.main_thread()
+            old = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)} if here else {}
+            try:
+                yield
+            finally:
+                for number, handler in old.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, number, frame):
+            if self.should_exit:
+                os._exit(128 + number)
+            self.should_exit = True
+    return Listener(uvicorn.Config(app, http=Guarded, ws="none", lifespan="off", log_config=None, access_log=False,
+                                   server_header=False, timeout_keep_alive=HEAD_SECONDS, backlog=2048,
+                                   timeout_graceful_shutdown=math.ceil(timeout)))
+
+
+def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
+    """Serve until a signal says to end: no new connections then, what runs is finished. UserError: port not free."""
+    try:
+        if not 0 <= port < 2 ** 16:
+            raise OverflowError("a port is from 0 to 65535")
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.create_server(address[4], family=address[0], backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: {error}") from None
+    llm.generate([[0]], max_tokens=2, temperature=0.0)                       # kernels are compiled, libraries set up
+    sys.setswitchinterval(0.001)                                             # the engine waits less for the loop
+    log, service = Log(), Service(llm, max_queue, timeout)
+    server = listener(application(service, key, log), timeout)
+    at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    log(f"{service.name} at {at} (a page), {at}/v1 (OpenAI's interface)")
+    if not key and not ipaddress.ip_address(address[4][0].partition("%")[0]).is_loopback:
+        log("no --api-key: whoever reaches this address may use it")
+    try:
+        server.run([sock])
+    finally:
+        service.close()
+        log.close()
+
+
+# --- 11. The command line ---------------------------------------------------------------------------------------------
+
+
 
 def arguments():
     """The command line, as a parser."""
@@ -2110,7 +3746,18 @@ def arguments():
     p.add_argument("--device", help="cpu, cuda, mps (the best there is)")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of weights and cache (float32 on a CPU, else the folder's)")
-    p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are)")
+    p.add_argument("--quantize", choices=sorted(QUANTIZED), help="keep the weights in fewer bits (as they are); int4 "
+                   "rounds to nearest, gptq and awq are the same size and closer, by calibration text")
+    p.add_argument("--group-size", type=positive(int), default=64,
+                   help="weights that share a scale in 4 bits (%(default)s)")
+    p.add_argument("--data", help="calibration text for gptq, awq and wanda: a file, a folder or a glob, of which the "
+                   "training part is read (the Python standard library)")
+    p.add_argument("--prune", choices=PRUNED, help="set the weights that count least to zero")
+    p.add_argument("--sparsity", type=sparsity, default=0.5,
+                   help="their share of each row, or 2:4, two of four (%(default)s)")
+    p.add_argument("--save", metavar="DIR", help="write the compressed model, and end unless there is a prompt")
+    p.add_argument("--compare", action="store_true", help="measure each way to compress the model: a table, a plot "
+                   "(compare.png) and which to take")
     p.add_argument("--kv-cache-dtype", choices=["int8"], help="of keys and values (as the weights)")
     p.add_argument("--block-size", type=positive(int), default=16, help="tokens a block of the cache (%(default)s)")
     p.add_argument("--num-blocks", type=positive(int), help="blocks of the cache (what a part of the memory holds)")
@@ -2119,13 +3766,21 @@ def arguments():
                    help="tokens a pass; longer prompts go in chunks (%(default)s)")
     p.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True,
                    help="take over what an earlier prompt with the same beginning has computed")
-    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays the "
-                   "same: ngram (the text itself), self (the first layers), or a smaller model's folder")
+    p.add_argument("--draft", metavar="WHAT", help="guess tokens ahead and check several in one pass; the text stays "
+                   "the same: ngram (the text itself), self (the first layers), or a smaller model's folder")
     p.add_argument("--num-draft-tokens", type=positive(int), default=4, help="guessed at most (%(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on standard error")
     p.add_argument("--score", metavar="FILE", help="how well the model predicts this text: bits per byte")
     p.add_argument("--bench", action="store_true", help="time prefill and decode")
     p.add_argument("--bench-serving", action="store_true", help="time requests of mixed lengths, sent all at once")
+    p.add_argument("--serve", action="store_true", help="serve OpenAI's interface over HTTP, and a page to try it")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen at, for --serve (%(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    p.add_argument("--api-key", default=os.environ.get("TWIN_API_KEY"), metavar="KEY",
+                   help="what clients must send; better by the environment variable TWIN_API_KEY (none: all may)")
+    p.add_argument("--max-queue", type=positive(int), default=256,
+                   help="texts that may wait beside those that run, more are refused with 429 (%(default)s)")
+    p.add_argument("--timeout", type=positive(float), default=600.0, help="seconds a request may take (%(default)s)")
     p.add_argument("--requests", type=positive(int), default=32, help="for --bench-serving (%(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="compile decode steps (--bench does where a compiler is there, GPUs always)")
@@ -2133,6 +3788,14 @@ def arguments():
     p.add_argument("--prompt-tokens", type=positive(int), default=32, help="for --bench")
     p.add_argument("--new-tokens", type=positive(int), default=64, help="for --bench")
     return p
+
+
+def sparsity(text):
+    """--sparsity, for the parser."""
+    value = text if text == "2:4" else float(text)
+    if value != "2:4" and not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share from 0 to below 1, or 2:4")
+    return value
 
 
 def show(text, end=""):
@@ -2230,18 +3893,32 @@ def main(argv=None):
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
-        if sum([bool(args.score), args.bench, args.bench_serving, args.prompt is not None]) > 1:
-            raise UserError("a prompt, --score, --bench and --bench-serving: give one of them")
+        if sum([bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None]) > 1:
+            raise UserError("a prompt, --score, --bench, --bench-serving, --compare and --serve: give one of them")
+        if args.save and not (args.quantize or args.prune):
+            raise UserError("--save writes a compressed model: give --quantize or --prune")
         text = train.read_text(args.score) if args.score else None
         options = {k: getattr(args, k) for k in ("device", "dtype", "quantize", "kv_cache_dtype", "block_size",
                                                  "num_blocks", "max_num_seqs", "max_num_batched_tokens",
-                                                 "prefix_caching", "draft", "num_draft_tokens", "compile")}
+                                                 "prefix_caching", "draft", "num_draft_tokens", "compile", "group_size",
+                                                 "prune", "sparsity", "save")}
+        options["calibration"] = once(lambda: corpus_of(args).train)
+        if args.compare:
+            compare(args)
+            return 0
         if args.bench:                                                       # all of the batch in step
             room = -(-(args.prompt_tokens + args.new_tokens + 1) // args.block_size)
             options |= dict(num_blocks=args.batch * room, max_num_seqs=args.batch, prefix_caching=False,
                             max_num_batched_tokens=max(args.max_num_batched_tokens, args.batch * args.prompt_tokens),
-                            compile=args.compile is not False and not args.quantize and train.compiler_there())
+                            compile=args.compile is not False and train.compiler_there())
         llm = LLM(args.model, **options)
+        if llm.told:
+            nearest = llm.told["nearest"]
+            print(f"{args.quantize or args.prune}: {llm.told['layers']} layers" +
+                  (f", {len(nearest)} of them rounded to nearest, as calibration says nothing of them: "
+                   f"{', '.join(nearest[:3])}{' …' if len(nearest) > 3 else ''}" if nearest else ""), file=sys.stderr)
+        if args.save and args.prompt is None and not (args.score or args.bench or args.bench_serving):
+            return 0
         sampling.check(llm.model.config.vocab)
         machine = once(lambda: measure(llm.model.embed.weight.device.type, 0.3))
         if args.score:
@@ -2268,6 +3945,10 @@ def main(argv=None):
                  f"between tokens {1000 * r['between_tokens_seconds_median']:.0f} ms "
                  f"(99th {1000 * r['between_tokens_seconds_p99']:.0f}); "
                  f"{r['cache_use']:.0%} of the cache, {r['preemptions']} preemptions", end="\n")
+        elif args.serve:
+            if llm.processes.size > 1:
+                raise UserError("--serve: one process serves; start it without torchrun")
+            serve(llm, args.host, args.port, args.api_key, args.max_queue, args.timeout)
         elif args.prompt is None and sys.stdin.isatty() and llm.processes.size == 1:
             prompt_loop(llm, machine, sampling)
         else:

@@ -1,8 +1,8 @@
 """Mixture of Depths: not every token needs every layer.
 
-    A router gives each token of a sequence a score; the k = ⌈capacity · T⌉ highest go through the block, the others pass
-    by on the residual. So the block costs what k tokens cost, in training and in generation: a sequence of 2,048 with a
-    capacity of an eighth is 256 rows for the products and 256² / 2 scores for attention, a 64th of 2,048² / 2.
+    A router gives each token of a sequence a score; the k = ⌈capacity · T⌉ highest go through the block, the others
+    pass by on the residual. So the block costs what k tokens cost, in training and in generation: a sequence of 2,048
+    with a capacity of an eighth is 256 rows for the products and 256² / 2 scores for attention, a 64th of 2,048² / 2.
 
     s_i = w · x_i                r_i = sigmoid(s_i)                chosen: the k largest s_i of the sequence
     y_i = x_i + r_i f(x̃)_i      for the chosen; x̃ are they alone, in their order, with their true positions
@@ -13,8 +13,8 @@ The weight r_i lets the loss reach the router: dr_i = dy_i · f(x̃)_i, ds_i = r
 Which k are the largest only the end of a sequence tells, and a token that is being written has no future. Two causal
 stand-ins for the choice:
 
-    predictor   p_i = sigmoid(g(x_i)), trained beside to say whether i was chosen; its gradient ends at x
-    threshold   s_i > θ, θ the running mean of the batch's own (1 − capacity) quantile: one rule for training and writing
+    predictor   g(x_i, s_i − θ) > 0, trained beside to say whether i was chosen; its gradient ends at x and s
+    threshold   s_i > θ, θ the running mean of the batch's own (1 − capacity) quantile: one rule for both
 
     name        here           meaning
     x, y        [B, T, C]      the residual stream before and after
@@ -26,16 +26,19 @@ stand-ins for the choice:
 Mixture of Depths: Raposo et al. 2024, arXiv 2404.02258; the threshold: Expert Threshold routing, arXiv 2603.11535.
 
 `python mod.py` shows what a router chooses on a text, what a routed block saves, and that the forms agree;
-`python mod.py --isoflop` trains routed models and plain ones with equal FLOPs.
+`python mod.py --isoflop` trains routed models and plain ones with equal FLOPs: loss against what they then cost.
 """
 import argparse
 import json
 import math
+import os
 import sys
 import sysconfig
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and "--isoflop" not in sys.argv:                   # the matrices are small: threads would
+    os.environ.setdefault("OMP_NUM_THREADS", "1")                            # wait for each other, not work
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,7 +58,7 @@ def count(capacity, T):
 
 
 def top_rows_numpy(scores, capacity):
-    """scores [B, T] → rows [B · k]: of each sequence the k highest (of equals the earlier), in order, among all B · T."""
+    """scores [B, T] → rows [B · k]: the k highest of each sequence (of equals the earlier), in order, among B · T."""
     B, T = scores.shape
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count(capacity, T)]
     return (np.sort(chosen, axis=1) + np.arange(B)[:, None] * T).reshape(-1)
@@ -79,7 +82,7 @@ def gather_rows_backward_numpy(x, rows, *, grad):
 
 
 def scatter_add_rows_numpy(x, rows, update, weight):
-    """x [N, C], update [M, C], weight [M] → y [N, C]: y_i = x_i + weight · update for the chosen, x_i for the others."""
+    """x [N, C], update [M, C], weight [M] → y [N, C]: x, with weight · update added at rows."""
     y = x.copy()
     y[rows] += weight[:, None] * update
     return y
@@ -102,7 +105,7 @@ def mixture_numpy(x, w, f, capacity):
 
 
 def mixture_backward_numpy(x, w, f, capacity, *, grad, f_backward):
-    """grad [B, T, C]; f_backward: (x̃, grad of its update) → dx̃. → dx [B, T, C], dw [C]. What is chosen is a constant."""
+    """grad [B, T, C]; f_backward: (x̃, grad of its update) → dx̃. → dx [B, T, C], dw [C]. The choice is a constant."""
     B, T, C = x.shape
     scores, flat = x @ w, x.reshape(-1, C)
     rows = top_rows_numpy(scores, capacity)
@@ -110,7 +113,8 @@ def mixture_backward_numpy(x, w, f, capacity, *, grad, f_backward):
     some = gather_rows_numpy(flat, rows).reshape(B, -1, C)
     dx, dupdate, dweight = scatter_add_rows_backward_numpy(flat, rows, f(some).reshape(-1, C), weight,
                                                            grad=grad.reshape(-1, C))
-    (through,) = gather_rows_backward_numpy(flat, rows, grad=f_backward(some, dupdate.reshape(some.shape)).reshape(-1, C))
+    dsome = f_backward(some, dupdate.reshape(some.shape)).reshape(-1, C)
+    (through,) = gather_rows_backward_numpy(flat, rows, grad=dsome)
     dscores = dweight * weight * (1 - weight)
     (by_router,) = gather_rows_backward_numpy(flat, rows, grad=dscores[:, None] * w)
     return (dx + through + by_router).reshape(x.shape), flat[rows].T @ dscores
@@ -125,8 +129,8 @@ def threshold_numpy(threshold, scores, capacity, momentum=0.9):
 def no_op_expert_numpy(x, w, experts, capacity):
     """MoDE, integrated: x [T, C], w [C, E + 1], experts: E functions; the last column is an expert that does nothing.
 
-    Each expert takes its k highest tokens and adds p f(x) to them, p its share in the softmax over all columns: where the
-    one that does nothing is likely, the others add little. → y [T, C].
+    Each expert takes its k highest tokens and adds p f(x) to them, p its share in the softmax over all columns: where
+    the one that does nothing is likely, the others add little. → y [T, C].
     """
     scores = x @ w
     p = np.exp(scores - scores.max(1, keepdims=True))
@@ -138,13 +142,18 @@ def no_op_expert_numpy(x, w, experts, capacity):
     return y
 
 
+def predictor_width(C):
+    return max(8, C // 8)
+
+
 def block_flops(T, C, hidden, H, G, D, capacity=1.0):
-    """FLOPs of a forward pass of a block `a` over T tokens of which it takes ⌈capacity · T⌉: products of q, k, v, out, of
-    the MLP, of attention (its causal half), and of the router where there is one.
+    """FLOPs of a forward pass of a block `a` over T tokens of which it takes ⌈capacity · T⌉: products of q, k, v, out,
+    of the MLP, of attention (its causal half), and of the router and the predictor where there are any.
     """
     k = count(capacity, T)
     products = 2 * k * C * ((H + 2 * G) * D + H * D + 3 * hidden)
-    return products + 2 * k * (k + 1) * H * D + (2 * T * C if capacity < 1 else 0)
+    decision = 2 * T * (C + (C + 1) * predictor_width(C) + 1) if capacity < 1 else 0
+    return products + 2 * k * (k + 1) * H * D + decision
 
 
 # --- 2. The kernels: a program a row, each row written by one ---------------------------------------------------------
@@ -245,11 +254,14 @@ class _ScatterAddRows(torch.autograd.Function):
 
 def _check(op, x, rows, update=None, weight=None):
     if x.ndim != 2 or rows.ndim != 1 or rows.is_floating_point():
-        raise ValueError(f"{op}: x {tuple(x.shape)} and rows {tuple(rows.shape)} {rows.dtype} must be [N, C] and [M] whole")
+        raise ValueError(f"{op}: x {tuple(x.shape)} and rows {tuple(rows.shape)} {rows.dtype} must be [N, C] and [M], "
+                         "whole numbers")
     if update is not None and (update.shape != (len(rows), x.shape[1]) or weight.shape != rows.shape):
         raise ValueError(f"{op}: update {tuple(update.shape)} and weight {tuple(weight.shape)} must be "
                          f"[{len(rows)}, {x.shape[1]}] and [{len(rows)}]")
-    if x.device.type == "cpu" and len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < len(x):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not len(rows):
+        return                                                               # looking at numbers would wait for them
+    if not 0 <= int(rows[0]) <= int(rows[-1]) < len(x):
         raise ValueError(f"{op}: rows must lie in 0 … {len(x) - 1}, ascending")
 
 
@@ -322,6 +334,13 @@ class _PackedStates:
             one.update(*own)
 
 
+def _quantile(scores, share):
+    """torch.quantile, which refuses more than 2²⁴ numbers, by its definition: between two of the sorted."""
+    at = share * (len(scores) - 1)
+    low, high = scores.sort().values[[math.floor(at), math.ceil(at)]]
+    return torch.lerp(low, high, at - math.floor(at))
+
+
 class MixtureOfDepths(nn.Module):
     """A block that takes ⌈capacity · T⌉ of the tokens: called as the block is, x [B, T, C] → [B, T, C].
 
@@ -330,45 +349,54 @@ class MixtureOfDepths(nn.Module):
 
     A state's `chosen(keep [B, T])` gives the block's own state for the tokens it takes (`RoutedState`; infer.py has
     others). In training `auxiliary` is the predictor's loss, to be added, and `counts` what `agreement` reads.
-    ValueError unless 0 < capacity ≤ 1.
+    C: channels; None: what the block's first norm has. ValueError unless 0 < capacity ≤ 1.
+
+    Training knows no padding: all T tokens of a sequence compete. A sequence of one token goes through whole, and so
+    does everything at a capacity of 1.
     """
 
-    def __init__(self, block, C, capacity=0.125, routing="topk"):
+    def __init__(self, block, capacity=0.125, routing="topk", C=None):
         super().__init__()
         count(capacity, 1)
         if routing not in ("topk", "threshold"):
             raise ValueError(f"routing is {routing!r}: it must be 'topk' or 'threshold'")
+        C = C or next(len(w) for w in block.parameters() if w.ndim == 1)     # a block begins with the gains of its norm
         self.block, self.capacity, self.routing = block, capacity, routing
         self.router = nn.Linear(C, 1, bias=False)
         if routing == "topk":
-            self.predictor = nn.ModuleList([nn.Linear(C, max(8, C // 8)), nn.Linear(max(8, C // 8) + 1, 1)])
-        else:
-            self.register_buffer("threshold", torch.tensor(math.nan))        # until the first batch says
-        self.auxiliary, self.quantiles = 0.0, []
-        self.register_buffer("counts", torch.zeros(4), persistent=False)     # right, all, chosen and said so, either
+            self.predictor = nn.ModuleList([nn.Linear(C, predictor_width(C)), nn.Linear(predictor_width(C) + 1, 1)])
+        self.register_buffer("threshold", torch.tensor(math.nan))            # until the first batch says
+        self.auxiliary = 0.0
+        self.register_buffer("cuts", torch.zeros(2), persistent=False)       # since `settle`: their sum, how many
+        self.register_buffer("counts", torch.zeros(4), persistent=False)     # see `learn`
 
     @torch.no_grad()
     def initialize(self, generator):
-        """Scores of about unit size on a residual stream of unit size, all of them predicted to stay out."""
+        """Scores of about unit size on a residual stream of unit size. The predictor begins as the threshold's rule,
+        and learns when to depart from it.
+        """
         for layer in [self.router, *(self.predictor if self.routing == "topk" else ())]:
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.in_features ** -0.5)
+        if self.routing == "topk":
+            first, last = self.predictor
+            first.bias.zero_()
+            last.weight.mul_(0.1)[:, -1] = 4.0
+            last.bias.zero_()
 
     def forward(self, x, positions, state=None):
         shape = B, T, C = x.shape
         flat = x.flatten(0, 1)
-        scores = self.router(flat)[:, 0]                                     # [B · T]
-        scores = scores.to(torch.promote_types(torch.float32, scores.dtype))
+        scores = self.router(flat)[:, 0]                                     # [B · T], of at least float32
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.training and state is None and self.routing == "topk":
-            k = count(self.capacity, T)
-            chosen = scores.view(B, T).sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-            rows = (chosen + torch.arange(B, device=x.device)[:, None] * T).flatten()
-            self.learn(flat.detach(), scores.detach(), rows)
-            packed, inner = (B, k), None
+            rows = self.top_rows(scores.detach().view(B, T))
+            cut = scores.detach()[rows].view(B, -1).amin(1).mean()           # the lowest score that was taken
+            self.learn(flat.detach(), scores.detach(), rows, self.bar(cut))
+            packed, inner = (B, len(rows) // B), None
         else:
-            keep = self.decide(flat, scores)
-            if self.training:
-                self.quantiles.append(torch.quantile(scores.detach(), 1 - self.capacity))
-            rows = keep.nonzero()[:, 0]
+            cut = _quantile(scores.detach(), 1 - self.capacity) if self.training else torch.zeros_like(scores[0])
+            keep = self.decide(flat, scores, self.bar(cut)).cpu()            # the one wait for a GPU
+            rows = keep.nonzero()[:, 0].to(x.device)
             inner = (state or self.apart(B)).chosen(keep.view(B, T))
             if inner is None:                                                # none: and no wait for the block
                 return x
@@ -381,41 +409,48 @@ class MixtureOfDepths(nn.Module):
             flat = flat.clone()                                              # it is written to, and may be the caller's
         return scatter_add_rows(flat, rows, update, weight.to(update.dtype)).view(shape)
 
-    def decide(self, x, scores):
-        """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
-        if self.routing == "topk":
-            return self.predicted(x, scores) > 0
-        bar = self.threshold
-        if self.training and torch.isnan(bar):
-            bar = torch.quantile(scores.detach(), 1 - self.capacity)
-        return scores > bar
+    def top_rows(self, scores):
+        """scores [B, T] → rows [B · k] among all B · T: `top_rows_numpy`."""
+        (B, T), k = scores.shape, count(self.capacity, scores.shape[1])
+        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        return (chosen + torch.arange(B, device=scores.device)[:, None] * T).flatten()
 
-    def predicted(self, x, scores):
-        """The predictor's logits [N], from the token and from its score."""
+    @torch.no_grad()
+    def bar(self, cut):
+        """θ, before the first batch is settled that batch's own cut; in training the cut is noted for `settle`."""
+        if self.training:
+            self.cuts += torch.stack([cut, torch.ones_like(cut)])
+        return torch.where(torch.isnan(self.threshold), cut, self.threshold)
+
+    def decide(self, x, scores, bar):
+        """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
+        return (self.predicted(x, scores, bar) if self.routing == "topk" else scores - bar) > 0
+
+    def predicted(self, x, scores, bar):
+        """The predictor's logits [N], from the token and from its score above θ."""
         first, last = self.predictor
         x = F.silu(first(F.rms_norm(x, x.shape[-1:])))
-        return last(torch.cat([x, scores[:, None].to(x.dtype)], dim=-1))[:, 0]
+        return last(torch.cat([x, (scores - bar)[:, None].to(x.dtype)], dim=-1))[:, 0]
 
-    def learn(self, x, scores, rows):
+    def learn(self, x, scores, rows, bar):
         """The predictor's loss, on what was chosen; no gradient goes on to x or the router."""
-        logits = self.predicted(x, scores).float()
+        logits = self.predicted(x, scores, bar).to(scores.dtype)
         wanted = torch.zeros_like(logits).index_fill_(0, rows, 1.0)
         self.auxiliary = F.binary_cross_entropy_with_logits(logits, wanted)
         with torch.no_grad():
             said, true = logits > 0, wanted > 0
-            self.counts += torch.stack([(said == true).sum(), torch.tensor(len(said), device=x.device),
-                                        (said & true).sum(), (said | true).sum()])
+            right, both, sizes = (said == true).sum(), (said & true).sum(), said.sum() + true.sum()
+            self.counts += torch.stack([right, torch.full_like(right, len(said)), both, sizes])
 
     @torch.no_grad()
     def settle(self, processes=None):
-        """After a step: the threshold follows what the step's batch had, a tenth of the way."""
-        if self.quantiles:
-            mean = torch.stack(self.quantiles).mean().to(self.threshold.dtype)
-            if processes and processes.size > 1:
-                processes.sum([mean])
-                mean /= processes.size
-            self.threshold.copy_(mean if torch.isnan(self.threshold) else torch.lerp(self.threshold, mean, 0.1))
-            self.quantiles = []
+        """After a step: θ follows what the step's batches had, a tenth of the way (`threshold_numpy`)."""
+        if processes and processes.size > 1:
+            processes.sum([self.cuts])
+        mean = self.cuts[0] / self.cuts[1]                                   # of none: not a number, and no news
+        moved = torch.where(torch.isnan(self.threshold), mean, torch.lerp(self.threshold, mean, 0.1))
+        self.threshold.copy_(torch.where(torch.isnan(mean), self.threshold, moved))
+        self.cuts.zero_()
 
     def apart(self, B):
         """States for B whole sequences that are taken apart."""
@@ -427,8 +462,8 @@ def agreement(counts):
     """The `counts` of blocks → how often the predictors say what top-k chose, and their F1 (dict for a log). Saying no
     each time agrees in all but `capacity` of the cases, at an F1 of 0.
     """
-    right, total, both, either = torch.stack(counts).sum(0).tolist()
-    return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, both + either)) if total else {}
+    right, total, both, sizes = torch.stack(counts).sum(0).tolist()
+    return dict(router_agreement=right / total, router_f1=2 * both / max(1.0, sizes)) if total else {}
 
 
 # --- 5. The claims, measured ------------------------------------------------------------------------------------------
@@ -444,7 +479,7 @@ class Tiny(nn.Module):
         make = lambda: Block(Attention(C, H, H, D, rotary), MLP(C, -(-8 * C // 3 // 16) * 16), C)
         self.embed, self.head = nn.Embedding(256, C), nn.Linear(C, 256, bias=False)
         self.blocks = nn.ModuleList(make() if letter == "a" else (Shuffled if scores == "random" else MixtureOfDepths)(
-            make(), C, capacity, routing) for letter in letters)
+            make(), capacity, routing) for letter in letters)
         for block in self.blocks:
             if isinstance(block, MixtureOfDepths):
                 block.initialize(torch.Generator().manual_seed(seed))
@@ -460,8 +495,8 @@ class Tiny(nn.Module):
         return self.head(F.rms_norm(x, x.shape[-1:]))
 
     def states(self, capacity):
-        new = lambda a: KVCache(1, a.G, capacity, a.D)
-        return [RoutedState([new(block.block.attention)]) if isinstance(block, MixtureOfDepths) else new(block.attention)
+        new = lambda block: KVCache(1, block.attention.G, capacity, block.attention.D)
+        return [RoutedState([new(block.block)]) if isinstance(block, MixtureOfDepths) else new(block)
                 for block in self.blocks]
 
 
@@ -471,7 +506,7 @@ class Shuffled(MixtureOfDepths):
     def forward(self, x, positions, state=None):
         with torch.no_grad():
             self.router.weight.zero_()                                       # a weight of a half, for all
-        self.predicted = lambda x, scores: torch.rand(len(x)) - (1 - self.capacity)
+        self.predicted = lambda x, scores, bar: torch.rand(len(x)) - (1 - self.capacity)
         if self.training and state is None:
             rows = torch.from_numpy(random_rows_numpy(np.random.default_rng(), *x.shape[:2], self.capacity))
             at = rows.view(len(x), -1) % x.shape[1]
@@ -489,6 +524,8 @@ def some_text(most=2 ** 22):
         size += len(parts[-1])
         if size > most:
             break
+    if size < 2 ** 16:
+        raise FileNotFoundError(f"{root} holds no Python source to train on")
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).long().tensor_split([9 * size // 10])
 
 
@@ -541,8 +578,8 @@ def show_choice(model, text, layer):
     seen = {}
     block, decide = model.blocks[layer], model.blocks[layer].decide
 
-    def note(x, scores):
-        seen["keep"] = decide(x, scores)
+    def note(*args):
+        seen["keep"] = decide(*args)
         return seen["keep"]
     block.decide = note
     with torch.no_grad():
@@ -561,7 +598,7 @@ def compare_times(C=256, capacity=0.125, tries=3):
     """A block beside the same block routed, forward and backward: FLOPs and time."""
     rotary = Rotary(rotary_inv_freq(64))
     block = Block(Attention(C, C // 64, C // 64, 64, rotary), MLP(C, 8 * C // 3 // 32 * 32), C)
-    layer = MixtureOfDepths(block, C, capacity)
+    layer = MixtureOfDepths(block, capacity)
     layer.initialize(torch.Generator().manual_seed(0))
     print(f"one block, {C} wide, forward and backward; a routed one takes {capacity:g} of the tokens\n"
           f"{'T':>6}{'FLOPs':>14}{'routed':>12}{'time':>14}{'routed':>12}{'FLOPs':>9}{'time':>8}")
@@ -589,8 +626,8 @@ def agree():
         layer.eval()
         y, state = layer(x[:1], positions), RoutedState([KVCache(1, 1, 64, 32, torch.float64)])
         steps = torch.cat([layer(x[:1, t:t + 1], positions[t:t + 1], state) for t in range(64)], 1)
-    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart; in generation the whole text at once and token "
-          f"by token: {(steps - y).abs().max():.0e}")
+    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart; in generation the whole text at once and "
+          f"token by token: {(steps - y).abs().max():.0e}")
 
 
 def show_all():
@@ -608,7 +645,8 @@ def show_all():
     top = held_out_loss(model, held)
     causal = held_out_loss(model.eval(), held)
     marked, share = show_choice(model, held[2000:2400], 1)
-    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {time.perf_counter() - began:.0f} s on Python's own library: "
+    seconds = time.perf_counter() - began
+    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {seconds:.0f} s on Python's own library: "
           f"{top:.3f} nats a byte routed by top-k,\n{causal:.3f} by its predictors, which say what top-k chose in "
           f"{told['router_agreement']:.1%} of all cases (saying no each time: 87.5%),\nF1 {told['router_f1']:.2f}. "
           f"What the first routed block takes of a text in generation ({share:.0%}):\n\n{marked}\n")
@@ -621,29 +659,41 @@ def show_all():
 
 KINDS = (("aaaa", 1.0, None), ("aAaA", 0.125, None), ("aAaA", 0.5, None), ("AAAA", 0.125, None),
          ("aAaA", 0.125, "random"))
+WIDTHS = 64, 96, 128, 192
+
+
+def flops_each(minutes, text):
+    """Training FLOPs for each model, so that all of them take about so many minutes: by a few steps of each kind."""
+    cost = 0.0                                                               # seconds a FLOP, of all kinds together
+    for letters, capacity, scores in KINDS:
+        model = Tiny(letters, WIDTHS[0], capacity, scores=scores)
+        step = 3 * 8 * forward_flops(model, 256)
+        train_tiny(model, text, flops=step)                                  # the first warms up
+        begin = time.perf_counter()
+        train_tiny(model, text, flops=2 * step)
+        cost += (time.perf_counter() - begin) / (2 * step)
+    return 60 * minutes / (cost * len(WIDTHS))
 
 
 def isoflop(minutes, out):
-    """Plain and routed models of a few widths, all trained with the same FLOPs → a table, isoflop.png. What is done lies
-    in isoflop.jsonl and is not done again.
+    """Plain and routed models of a few widths, all trained with the same FLOPs → a table, isoflop.png. What is done
+    lies in isoflop.jsonl and is not done again.
     """
     out.mkdir(parents=True, exist_ok=True)
     notes, (text, held) = out / "isoflop.jsonl", some_text()
     done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    widths = (64, 96, 128, 192)
-    x = torch.randn(512, 512)
-    rate = 2 * 512 ** 3 / (_milliseconds(lambda: x @ x, "cpu") / 1000)
-    flops = done[0]["training_flops"] if done else 0.2 * rate * 60 * minutes / (len(KINDS) * len(widths))
-    print(f"{len(KINDS) * len(widths)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
+    flops = done[0]["training_flops"] if done else flops_each(minutes, text)
+    print(f"{len(KINDS) * len(WIDTHS)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
           f"{'blocks':8}{'capacity':>9}{'routing':>9}{'width':>7}{'steps':>7}{'FLOPs a pass':>14}{'ms a token':>12}"
           f"{'nats a byte':>13}", flush=True)
-    for C in widths:
+    for C in WIDTHS:
         for letters, capacity, scores in KINDS:
             key = dict(blocks=letters, capacity=capacity, routing=scores or ("top-k" if capacity < 1 else "–"), width=C)
             row = next((r for r in done if all(r[k] == v for k, v in key.items())), None)
             if row is None:
                 model = Tiny(letters, C, capacity, scores=scores)
-                say = lambda p, loss: print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ", end="", file=sys.stderr, flush=True)
+                say = lambda p, loss: print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ", end="", file=sys.stderr,
+                                            flush=True)
                 steps = train_tiny(model, text, flops=flops, say=say)
                 print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
                 row = key | dict(training_flops=flops, steps=steps, forward_flops=forward_flops(model, 256) / 256,
@@ -660,13 +710,15 @@ def isoflop(minutes, out):
 
 @torch.no_grad()
 def token_milliseconds(model, prompt=128, count=64):
-    """Median time of a generated token after a prompt."""
-    states, times = model.states(prompt + count), []
+    """Median time of a generated token after a prompt, on one thread: such products are too small to share."""
+    states, times, threads = model.states(prompt + count), [], torch.get_num_threads()
+    torch.set_num_threads(1)
     model(torch.zeros(1, prompt, dtype=torch.long), states)
     for i in range(count):
         t = time.perf_counter()
         model(torch.full((1, 1), i % 256), states, prompt + i)
         times.append(time.perf_counter() - t)
+    torch.set_num_threads(threads)
     return 1000 * sorted(times)[count // 2]
 
 
@@ -701,7 +753,11 @@ def main(argv=None):
     if not 0 < args.minutes < math.inf:
         print(f"mod.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
         return 2
-    isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    try:
+        isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    except OSError as error:                                                 # no library to read, no room to write
+        print(f"mod.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

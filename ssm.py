@@ -10,7 +10,7 @@
     S4D                [C, N]          exp(Δ A), complex, diagonal    nothing: so it is a convolution, too
     Mamba              [C, N]          exp(Δ_t A), real, diagonal     Δ, B, C: it can choose what to keep
     Mamba-2            [H, P, N]       exp(Δ_t A), one number a head  the same; it becomes products of matrices
-    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what it has under a key
+    gated delta rule   [H, K, V]       α_t (I − β_t k_t k_tᵀ)         α, β, k: it can also replace what stands at a key
 
     A continuous system h' = A h + B x becomes steps of Δ: by ZOH (x held constant within a step) Ā = exp(Δ A) and
     B̄ = A⁻¹ (exp(Δ A) − 1) B; S4D does so. Mamba and Mamba-2 take the simpler B̄ = Δ B.
@@ -30,8 +30,13 @@ S4: Gu et al. 2021, arXiv 2111.00396; S4D: 2206.11893; HiPPO: 2008.07669. Mamba:
 `python ssm.py` shows that all forms agree, where the state overtakes attention, and what a token costs after 1,000 and
 after 64,000 others; `python ssm.py --probe` what a state of fixed size can't remember.
 """
+import argparse
 import itertools
+import json
 import math
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,13 +44,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import RMSNorm, _floats, jit, on_kernel, rms_norm, swiglu, tl, triton
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq,
+                       swiglu, tl, triton)
 
 
 # --- 1. S4D: one model, three views -----------------------------------------------------------------------------------
 
 def hippo_legs(N):
-    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: the state is the input so far in Legendre polynomials."""
+    """HiPPO-LegS (arXiv 2008.07669, theorem 2) → A [N, N], B [N]: a state that is the past in Legendre polynomials."""
     n = np.arange(N)
     root = np.sqrt(2 * n + 1)
     A = -np.where(n[:, None] > n, root[:, None] * root, np.diag(n + 1.0))
@@ -107,7 +113,7 @@ def s4d_convolution_numpy(x, A, B, C, dt):
     T = len(x)
     A_bar, B_bar = discretize(A, B, dt)
     kernel = 2 * np.einsum("cn,cnt->tc", C * B_bar, A_bar[..., None] ** np.arange(T)).real
-    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing comes round
+    spectrum = np.fft.rfft(kernel, 2 * T, axis=0) * np.fft.rfft(x, 2 * T, axis=0)    # twice as long: nothing wraps
     return np.fft.irfft(spectrum, 2 * T, axis=0)[:T]
 
 
@@ -116,7 +122,7 @@ def s4d_scan_numpy(x, A, B, C, dt):
     A_bar, B_bar = discretize(A, B, dt)
     a, b = np.broadcast_to(A_bar, (len(x), *A.shape)).copy(), B_bar * x[..., None]
     shift = 1
-    while shift < len(x):                                                    # after round r each holds its last 2^r steps
+    while shift < len(x):                                                    # after round r each holds 2^r steps
         a[shift:], b[shift:] = a[shift:] * a[:-shift], a[shift:] * b[:-shift] + b[shift:]
         shift *= 2
     return 2 * (C * b).sum(-1).real
@@ -254,12 +260,14 @@ def _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K: tl.constexpr, mask):
 
 
 @jit
-def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _causal_conv1d_fwd(X, W, BIAS, S, FIRST, LAST, SEQ, Y, N, C, sx, K: tl.constexpr, BLOCK_T: tl.constexpr,
+                       BLOCK_C: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     first = tl.load(FIRST + t, mask=t < N, other=0)                          # where the token's own sequence begins
+    last = tl.load(LAST + t, mask=t < N, other=0)                            # and ends: at t itself, if it has none
     seq = tl.load(SEQ + t, mask=t < N, other=0).to(tl.int64)
-    mask = (t < N)[:, None] & (c < C)
+    mask = (t < last)[:, None] & (c < C)
     z = _conv_sum(X, W, BIAS, S, t, first, seq, c, C, sx, K, mask)
     tl.store(Y + t[:, None] * C + c, z / (1 + tl.exp(-z)), mask=mask)
 
@@ -307,12 +315,10 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx, x, w, bias, state, cu_seqlens):
         (B, T, C), K = x.shape, w.shape[1]
         rows = x.reshape(B * T, C) if x.stride(-1) == 1 else x.contiguous().view(B * T, C)
-        places, y = _places(cu_seqlens, B, T, x.device), x.new_empty(B, T, C)
+        places, y = _places(cu_seqlens, B, T, x.device), x.new_zeros(B, T, C)    # zeros past the last offset
         grid = triton.cdiv(B * T, 32), triton.cdiv(C, 64)
-        _causal_conv1d_fwd[grid](rows, w, bias, state, places[0], places[2], y, B * T, C, rows.stride(0), K=K, BLOCK_T=32,
+        _causal_conv1d_fwd[grid](rows, w, bias, state, *places, y, B * T, C, rows.stride(0), K=K, BLOCK_T=32,
                                  BLOCK_C=64)
-        if cu_seqlens is not None:
-            y[0, int(cu_seqlens[-1]):] = 0
         ctx.save_for_backward(rows, w, bias, state, cu_seqlens, *places)
         ctx.shape = x.shape
         return y
@@ -325,8 +331,8 @@ class _CausalConv1d(torch.autograd.Function):
         dy, tiles = dy.contiguous(), triton.cdiv(B * T, 32)
         dx, dw, dbias = dy.new_empty(B, T, C), w.new_empty(tiles, C, K, dtype=torch.float32), torch.empty(
             tiles, C, device=dy.device)
-        _causal_conv1d_bwd[tiles, triton.cdiv(C, 64)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T, C,
-                                                      rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=64)
+        _causal_conv1d_bwd[tiles, triton.cdiv(C, 32)](dy, rows, w, bias, state, first, seq, last, dx, dw, dbias, B * T,
+                                                      C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=32, num_warps=8)
         return (dx, dw.sum(0).to(w.dtype), None if bias is None else dbias.sum(0).to(bias.dtype),
                 None if state is None else _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T), None)
 
@@ -335,13 +341,21 @@ def _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T):
     """dstate: of the first K − 1 tokens of each sequence alone, in torch."""
     K1, x, dy = state.shape[2], rows.view(B, T, -1), dy.view(B, T, -1)
     with torch.enable_grad():
-        before, parts = state.detach().requires_grad_(), []
+        before = state.detach().requires_grad_()
+        total = before[:0].sum()                                             # where no sequence has a token
         for s, (b, i, j) in enumerate(_sequences(x, cu_seqlens)):
             j = min(j, i + K1)
             y, _ = _conv_in_torch(x[b:b + 1, i:j].detach(), w.detach(), None if bias is None else bias.detach(),
                                   before[s:s + 1])
-            parts.append((y * dy[b:b + 1, i:j]).sum())
-        return torch.autograd.grad(torch.stack(parts).sum(), before)[0]
+            total = total + (y * dy[b:b + 1, i:j]).sum()
+        return torch.autograd.grad(total, before)[0]
+
+
+def _conv_silu(line, w, bias):
+    """line [B, C, K − 1 + T] → [B, C, T], summed in float32 whatever the dtypes."""
+    wide = torch.promote_types(torch.float32, line.dtype)
+    z = F.conv1d(line.to(wide), w.to(wide)[:, None], None if bias is None else bias.to(wide), groups=len(w))
+    return F.silu(z).to(line.dtype)
 
 
 def _conv_in_torch(x, w, bias, state):
@@ -352,7 +366,7 @@ def _conv_in_torch(x, w, bias, state):
     after = line[:, :, line.shape[2] - (K - 1):]
     if not x.shape[1]:
         return x, after
-    return F.silu(F.conv1d(line, w[:, None], bias, groups=x.shape[2])).mT, after
+    return _conv_silu(line, w, bias).mT, after
 
 
 def _tails(x, state, cu_seqlens, B, T, K):
@@ -374,8 +388,8 @@ def _tails(x, state, cu_seqlens, B, T, K):
 def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     """Each channel convolved with its last K inputs, then SiLU: x [B, T, C], w [C, K], bias [C] → (y as x, state).
 
-    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable, the
-    state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
+    state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable,
+    the state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
     """
     if x.ndim != 3 or w.ndim != 2 or len(w) != x.shape[2] or bias is not None and bias.shape != w.shape[:1]:
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, w {tuple(w.shape)}, bias "
@@ -388,6 +402,7 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     if state is not None and state.shape != (sequences, C, K - 1):
         raise ValueError(f"causal_conv1d: state {tuple(state.shape)} must be {(sequences, C, K - 1)}")
     if on_kernel(x):
+        w, bias, state = (a if a is None else a.contiguous() for a in (w, bias, state))
         return _CausalConv1d.apply(x, w, bias, state, cu_seqlens), _tails(x, state, cu_seqlens, B, T, K)
     if cu_seqlens is None:
         return _conv_in_torch(x, w, bias, state)
@@ -403,7 +418,7 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
         column = torch.tensor([K - 1 + k for _, count in own for k in range(count)], device=x.device)
         at = torch.tensor(at, device=x.device)
         heads = heads.index_put((row[:, None], torch.arange(C, device=x.device), column[:, None]), x[0, at])
-        first = F.silu(F.conv1d(heads, w[:, None], bias, groups=C))          # [n, C, K − 1]
+        first = _conv_silu(heads, w, bias)                                   # [n, C, K − 1]
         y = y.index_copy(1, at, first[row, :, column - (K - 1)][None])
     if ends[-1] < T:
         y = torch.cat([y[:, :ends[-1]], torch.zeros_like(y[:, ends[-1]:])], dim=1)
@@ -412,12 +427,12 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
 
 def causal_conv1d_step(x, w, bias=None, state=None):
     """One token of each sequence: x [B, C], state [B, C, K − 1] → (y [B, C], state)."""
-    if state is None or x.ndim != 2 or state.shape != (*x.shape, w.shape[1] - 1):
-        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, state {None if state is None else tuple(state.shape)} "
-                         f"must be [B, C] and [B, C, {w.shape[1] - 1}]")
+    if x.ndim != 2 or len(w) != x.shape[1] or state is None or state.shape != (*x.shape, w.shape[1] - 1):
+        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, w {tuple(w.shape)}, state "
+                         f"{None if state is None else tuple(state.shape)} must be [B, C], [C, K], [B, C, K − 1]")
     line = torch.cat([state.to(x.dtype), x[:, :, None]], dim=2)
-    z = (line * w).sum(-1)
-    return F.silu(z if bias is None else z + bias), line[:, :, 1:]
+    z = (line.to(torch.promote_types(torch.float32, x.dtype)) * w).sum(-1)
+    return F.silu(z if bias is None else z + bias).to(x.dtype), line[:, :, 1:]
 
 
 # --- 4. Mamba: a scan that chooses ------------------------------------------------------------------------------------
@@ -456,7 +471,8 @@ def selective_scan_associative_numpy(x, dt, A, B, C, D=None, state=None):
 def selective_scan_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, *, grad):
     """grad (dy, dstate) → dx, ddt, dA, dB, dC, and dD, dstate where they were given."""
     if cu_seqlens is not None:
-        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens, grad)
+        return _pack_backward_numpy(selective_scan_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens,
+                                    grad)
     dy, g = grad
     h = [np.zeros((x.shape[0], *A.shape), x.dtype) if state is None else state]
     for t in range(x.shape[1]):
@@ -489,7 +505,7 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
         h = tl.load(S + seq * CHANNELS * N + place, mask=mask, other=0.).to(tl.float32)
     first, last = tl.load(CU + seq).to(tl.int64), tl.load(CU + seq + 1).to(tl.int64)
     for t in range(first, last):
-        if (t - first) % CHUNK == 0:                                         # kept for the backward pass: the state before
+        if (t - first) % CHUNK == 0:                                         # for the backward pass: the state before
             tl.store(HELD + (t // CHUNK + seq) * CHANNELS * N + place, h, mask=mask)                 # each chunk
         x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
         dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -504,8 +520,8 @@ def _selective_scan_fwd(X, DT, A, B, C, D, S, CU, Y, LAST, HELD, CHANNELS, N, CH
 
 
 @jit
-def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N, CHUNK,
-                        BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, dA, dB, dC, dD, dS, T, CHANNELS, N,
+                        CHUNK, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     seq, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c, n = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     mask = (c < CHANNELS)[:, None] & (n < N)[None, :]
@@ -520,13 +536,14 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
         start = first + (chunks - 1 - back) * CHUNK
         stop = tl.minimum(start + CHUNK, last)
         h = tl.load(HELD + (start // CHUNK + seq) * CHANNELS * N + place, mask=mask, other=0.)
-        for t in range(start, stop):                                         # the chunk's states anew, each before its t
+        for t in range(start, stop):                                         # the chunk's states anew, before each t
             tl.store(ROOM + (seq * CHUNK + t - start) * CHANNELS * N + place, h, mask=mask)
             x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             b = tl.load(B + t * N + n, mask=n < N, other=0.).to(tl.float32)
             h = tl.exp(dt[:, None] * a_log) * h + (dt * x)[:, None] * b[None, :]
-        for i in range(0, stop - start):
+        tl.debug_barrier()                                                   # a small tile lies in several warps, and
+        for i in range(0, stop - start):                                     # one of them has stored for all
             t = stop - 1 - i
             x = tl.load(X + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
             dt = tl.load(DT + t * CHANNELS + c, mask=c < CHANNELS, other=0.).to(tl.float32)
@@ -537,8 +554,8 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             a = tl.exp(dt[:, None] * a_log)
             h = a * before + (dt * x)[:, None] * b[None, :]
             g += r[None, :] * dy[:, None]
-            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)           # summed over groups
-            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)     # later: no atomics
+            tl.store(dC + (group * T + t) * N + n, tl.sum(dy[:, None] * h, 0), mask=n < N)          # summed later over
+            tl.store(dB + (group * T + t) * N + n, tl.sum((dt * x)[:, None] * g, 0), mask=n < N)    # groups: no atomics
             du = tl.sum(g * b[None, :], 1)
             da = a * g * before
             dx = du * dt
@@ -549,6 +566,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
             tl.store(dDT + t * CHANNELS + c, tl.sum(da * a_log, 1) + du * x, mask=c < CHANNELS)
             da_sum += da * dt[:, None]
             g = a * g
+        tl.debug_barrier()                                                   # all have read before it is overwritten
     tl.store(dA + seq * CHANNELS * N + place, da_sum, mask=mask)
     tl.store(dD + seq * CHANNELS + c, dd_sum, mask=c < CHANNELS)
     tl.store(dS + seq * CHANNELS * N + place, g, mask=mask)
@@ -582,8 +600,8 @@ class _ScanKernel(torch.autograd.Function):
         dA, dS, dD = new(sequences, channels, N), new(sequences, channels, N), new(sequences, channels)
         dB, dC = new(groups, T, N), new(groups, T, N)
         _selective_scan_bwd[sequences, groups](
-            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T, channels,
-            N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
+            dy.contiguous(), dlast.contiguous(), x, dt, A, B, C, D, cu, held, room, dx, ddt, dA, dB, dC, dD, dS, T,
+            channels, N, SCAN_CHUNK, BLOCK_C=SCAN_CHANNELS, BLOCK_N=triton.next_power_of_2(N))
         return (dx, ddt, dA.sum(0).to(A.dtype), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
                 None if D is None else dD.sum(0).to(D.dtype), None if state is None else dS.to(state.dtype), None)
 
@@ -607,7 +625,7 @@ def _unfold(x, T):
 
 
 def _carry_on(fade, own, entering):
-    """Pieces one after the other: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
+    """Pieces in a row: fade, own [B, pieces, C, N], entering [B, C, N] → what enters each, and what leaves."""
     each = []
     for f, o in zip(fade.unbind(1), own.unbind(1)):
         each.append(entering)
@@ -709,8 +727,8 @@ def _check_scan(op, x, dt, A, B, C, D, state, sequences):
 
 
 def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
-    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] → (y as
-    x, state [B, C, N] float32).
+    """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] →
+    (y as x, state [B, C, N] float32).
 
     state: before the first token (None: zeros), and after the last; differentiable, too. Packed: `cu_seqlens`
     [sequences + 1], B = 1, a state for each sequence. ValueError for shapes that do not fit, and on a CPU for signs.
@@ -725,7 +743,8 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     if on_kernel(x):
         cu = torch.arange(rows + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens
         flat = [a.flatten(0, 1).contiguous() for a in (x, dt, B, C)]
-        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, None if state is None else state.contiguous(), cu)
+        D, state = (a if a is None else a.contiguous() for a in (D, state))
+        y, after = _ScanKernel.apply(*flat[:2], A.contiguous(), *flat[2:], D, state, cu)
         return y.view(x.shape), after
     wide = torch.promote_types(torch.float32, kind)
     x, dt, A, B, C, D = (a if a is None else a.to(wide) for a in (x, dt, A, B, C, D))
@@ -736,7 +755,7 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(lambda x, dt, B, C, state: _ScanInPieces.apply(x, dt, A, B, C, D, state),
                                   lambda x, dt, B, C, state: selective_scan_step(x, dt, A, B, C, D, state),
                                   (x, dt, B, C), state, cu_seqlens)
-        y = torch.zeros_like(x) if y is None else y
+        y = F.pad(x[:, :0], [0, 0, 0, T]) if y is None else y                # no sequence has a token
     return y.to(kind), state
 
 
@@ -1028,7 +1047,7 @@ def ssd_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, chun
 #     (I + A) u = β (v − γ k S)          A_ij = β_i Γ_ij k_i · k_j for j < i          T = (I + A)⁻¹
 #     u = T β v − (T β γ k) S = u₀ − w S
 #
-# so steps 2 and 3 of SSD become u = u₀ − w S, S' = across S + (leave k)ᵀ u, chunk after chunk, and 1 and 4 stay. (Bischof
+# so steps 2 and 3 of SSD become u = u₀ − w S, S' = across S + (leave k)ᵀ u, chunk after chunk; 1 and 4 stay. (Bischof
 # & Van Loan's WY form of a product of such erasers; Yang et al. 2024, arXiv 2406.06484; gated: 2412.06464.)
 #
 #     name         shape            in the papers
@@ -1240,7 +1259,8 @@ def _chunk_state_fwd(K, U, W, Gate, S_first, States, U_out, S_last, Cu, K_at, U_
     """Steps 2 and 3: a program for each sequence, head, and BLOCK_P columns of the state. With W, u = u₀ − w S."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     d, p = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    at, inside = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3], (d < N)[:, None] & (p < P)[None, :]
+    at = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3]
+    inside = (d < N)[:, None] & (p < P)[None, :]
     S = tl.load(S_first + at, mask=inside, other=0.).to(tl.float32)          # [N, P]
     slot, chunks = _slots(Cu, b, per, L)
     begin, end = b * 0, T + b * 0
@@ -1306,7 +1326,8 @@ def _chunk_state_bwd(Q, K, W, Gate, dY, dS_last, dStates, dU, dS_first, Cu, Q_at
     """The same from the last chunk to the first: the gradient of the state at each chunk's end, and the whole du."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     d, p = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    at, inside = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3], (d < N)[:, None] & (p < P)[None, :]
+    at = b * S_at[0] + h * S_at[1] + d[:, None] * S_at[2] + p[None, :] * S_at[3]
+    inside = (d < N)[:, None] & (p < P)[None, :]
     dS = tl.load(dS_last + at, mask=inside, other=0.).to(tl.float32)
     slot, chunks = _slots(Cu, b, per, L)
     begin, end = b * 0, T + b * 0
@@ -1352,7 +1373,7 @@ def _segments(dscores, L: tl.constexpr):
 @jit
 def _chunk_out_bwd(Q, K, U, Gate, States, dStates, dY, dQ, dK, dGate, Cu, Owner, Q_at, K_at, U_at, dY_at, dQ_at, T, per,
                    H, N, P, GROUP: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """dq, dk [B, T, H, N] of each head (those of a group are summed later), dg [B, T, H]: a program a chunk and head."""
+    """dq, dk [B, T, H, N] of each head (those of a group are summed later), dg [B, T, H]: a program a chunk, head."""
     c, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_N)
     row, first, n = _spot(Cu, Owner, c, T, per, L)
@@ -1363,7 +1384,8 @@ def _chunk_out_bwd(Q, K, U, Gate, States, dStates, dY, dQ, dK, dGate, Cu, Owner,
     dacross = 0.
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        here, inside = (c.to(tl.int64) * H + h) * N * P + d[:, None] * P + p[None, :], (d < N)[:, None] & (p < P)[None, :]
+        here = (c.to(tl.int64) * H + h) * N * P + d[:, None] * P + p[None, :]
+        inside = (d < N)[:, None] & (p < P)[None, :]
         S, dS = tl.load(States + here, mask=inside, other=0.), tl.load(dStates + here, mask=inside, other=0.)
         u = _load(U, U_at, row, first, n, h, p, P, L)
         dy = _load(dY, dY_at, row, first, n, h, p, P, L)
@@ -1511,8 +1533,8 @@ def _dense(x):
 # BLOCK_P, warps and stages of a kernel, where L = 64 and N ≤ 128 are to stay in registers. More than one stage corrupts
 # such loops on Blackwell under Triton 3.5 to 3.7.
 TILES = {
-    "cuda": dict(wy_fwd=(64, 4, 1), state_fwd=(32, 4, 2), out_fwd=(64, 4, 2), u_bwd=(64, 4, 2), state_bwd=(32, 4, 2),
-                 out_bwd=(32, 8, 1), wy_bwd=(32, 8, 1)),
+    "cuda": dict(wy_fwd=(64, 8, 1), state_fwd=(32, 4, 2), out_fwd=(64, 4, 2), u_bwd=(64, 4, 2), state_bwd=(32, 8, 2),
+                 out_bwd=(32, 8, 1), wy_bwd=(16, 8, 1)),
     "cuda 100": dict(wy_fwd=(64, 8, 1), state_fwd=(32, 4, 1), out_fwd=(64, 4, 1), u_bwd=(64, 4, 1),
                      state_bwd=(32, 4, 1), out_bwd=(32, 8, 1), wy_bwd=(32, 8, 1)),
     "hip": dict(wy_fwd=(64, 4, 1), state_fwd=(32, 4, 1), out_fwd=(64, 4, 1), u_bwd=(64, 4, 1), state_bwd=(32, 4, 1),
@@ -1581,12 +1603,12 @@ class _OnKernel(torch.autograd.Function):
         dy, dlast, du = _dense(dy), dlast.contiguous(), new(P, like=v)
         dstates, dfirst = torch.empty_like(states), torch.empty_like(dlast)
         programs, tile = _tile("u_bwd", P)
-        _chunk_u_bwd[(slots, H, programs)](q, k, gate, dy, du, cu, owner, q.stride(), k.stride(), dy.stride(), du.stride(),
-                                           *sizes, **shape, **tile)
+        _chunk_u_bwd[(slots, H, programs)](q, k, gate, dy, du, cu, owner, q.stride(), k.stride(), dy.stride(),
+                                           du.stride(), *sizes, **shape, **tile)
         programs, tile = _tile("state_bwd", P)
         _chunk_state_bwd[(programs, H, len(dlast))](
-            q, k, w, gate, dy, dlast, dstates, du, dfirst, cu, q.stride(), k.stride(), None if w is None else w.stride(),
-            dy.stride(), du.stride(), dlast.stride(), *sizes, **shape, **tile)
+            q, k, w, gate, dy, dlast, dstates, du, dfirst, cu, q.stride(), k.stride(),
+            None if w is None else w.stride(), dy.stride(), du.stride(), dlast.stride(), *sizes, **shape, **tile)
         dq, dk, dgate = new(N, like=q), new(N, like=k), new(like=gate)
         _chunk_out_bwd[(slots, H)](q, k, u, gate, states, dstates, dy, dq, dk, dgate, cu, owner, q.stride(), k.stride(),
                                    u.stride(), dy.stride(), dq.stride(), *sizes, **shape, **_tile("out_bwd", P)[1])
@@ -1685,6 +1707,11 @@ class _GatedDelta(torch.autograd.Function):
         return *grads, dS[:, :, 0]
 
 
+def _zeros(x):
+    """In x's place in the graph, whatever x holds."""
+    return x.where(torch.zeros((), dtype=torch.bool, device=x.device), 0)
+
+
 def _check_ssd(op, x, dt, A, B, C, D, state, sequences):
     """What ssd and its step ask: x [..., H, P], and so on. ValueError names what does not fit."""
     _floats(op, x=x)
@@ -1735,7 +1762,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
     state = x.new_zeros(n, *x.shape[2:], B.shape[3], dtype=exact) if state is None else state.to(exact)
     fixed = [A.to(exact), None if D is None else D.to(exact)]
     if on_kernel(x):
-        if cu_seqlens is not None:                                           # rows past the last offset may hold anything
+        if cu_seqlens is not None:                                           # rows past the end may hold anything
             inside = (torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None]
             x, dt = x.where(inside[..., None], 0), dt.where(inside, 0)
         y, state = _OnKernel.apply(C.to(x), B.to(x), (x * dt[..., None]).to(x.dtype), dt.to(exact) * fixed[0], None,
@@ -1749,7 +1776,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(whole, step, rows, state, cu_seqlens)
     else:
         y, state = whole(*rows, state) if x.numel() else (None, state)
-    return (x * 0 if y is None else y.to(x.dtype)), state
+    return (_zeros(x) if y is None else y.to(x.dtype)), state
 
 
 def ssd_step(x, dt, A, B, C, D=None, state=None):
@@ -1818,7 +1845,7 @@ def gated_delta(q, k, v, decay, beta, state=None, cu_seqlens=None):
         y, state = _pack_in_torch(whole, gated_delta_step, rows, state, cu_seqlens)
     else:
         y, state = _GatedDelta.apply(*rows, state) if v.numel() else (None, state)
-    return (v * 0 if y is None else y.to(v.dtype)), state
+    return (_zeros(v) if y is None else y.to(v.dtype)), state
 
 
 def gated_delta_step(q, k, v, decay, beta, state):
@@ -1830,7 +1857,8 @@ def gated_delta_step(q, k, v, decay, beta, state):
     exact = torch.promote_types(v.dtype, torch.float32)
     if on_kernel(v) and not _learns(q, k, v, decay, beta, state):
         (b, H, N), P = q.shape, v.shape[2]
-        q, k, x, decay, beta, state = (t.contiguous() for t in (q, k, v, decay.to(exact), beta.to(exact), state.to(exact)))
+        decay, beta, state = (t.to(exact) for t in (decay, beta, state))
+        q, k, x, decay, beta, state = (t.contiguous() for t in (q, k, v, decay, beta, state))
         y, end, (BLOCK_P, BLOCK_N) = torch.empty_like(x), torch.empty_like(state), _step_tile(P, N)
         _gated_delta_step[(triton.cdiv(P, BLOCK_P), b * H)](q, k, x, decay, beta, state, y, end, N, P, BLOCK_N=BLOCK_N,
                                                             BLOCK_P=BLOCK_P)
@@ -1863,8 +1891,8 @@ class RecurrentState:
 class Mixer(nn.Module):
     """x [B, T, C] → [B, T, C]: project in, convolve, mix along time, gate, project out. What the layers below share.
 
-    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest, one,
-    **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
+    Each has `widths` (rows of `in_proj`: gate, what is convolved, the rest), and two calls of its own: `mix(x, rest,
+    one, **state)`, its op after the convolution → (y, state), and `gated(y, gate)`.
     """
 
     def __init__(self, C, widths, K, state_shape, bias=False, conv_bias=True):
@@ -2010,3 +2038,294 @@ class MixerBlock(nn.Module):
 
     def delta(self, x, positions, state=None):
         return self.mixer(self.norm(x), positions, state)
+
+
+# --- 10. The claims, measured -----------------------------------------------------------------------------------------
+
+def show_agreement():
+    """Each member in all its forms, against its definition step by step in float64."""
+    rng = np.random.default_rng(0)
+    T, H, P, N, C = 257, 2, 16, 8, 24
+    normal = lambda *shape: rng.standard_normal(shape)
+    apart = lambda a, b: np.abs(np.asarray(a) - b).max() / max(1.0, np.abs(b).max())
+    single = lambda *arrays: [torch.tensor(a, dtype=torch.float32) for a in arrays]
+    print(f"forms of each member, T = {T}, apart from its definition step by step")
+
+    def row(name, **errors):
+        print(f"   {name:18}" + "   ".join(f"{form.replace('_', ' ')} {error:.0e}" for form, error in errors.items()))
+    A, ones, B_, dt = s4d_init(C, N), np.ones((C, N)), normal(C, N) + 1j * normal(C, N), np.exp(rng.uniform(-6, -1, C))
+    x = normal(T, C)
+    y, _ = s4d_recurrence_numpy(x, A, ones, B_, dt)
+    row("S4D", convolution=apart(s4d_convolution_numpy(x, A, ones, B_, dt), y),
+        scan=apart(s4d_scan_numpy(x, A, ones, B_, dt), y))
+    args = (normal(1, T, C), np.exp(rng.uniform(-6, 0, (1, T, C))), -np.exp(normal(C, N)), normal(1, T, N),
+            normal(1, T, N))
+    y, _ = selective_scan_numpy(*args)
+    row("Mamba", scan=apart(selective_scan_associative_numpy(*args)[0], y),
+        op=apart(selective_scan(*single(*args))[0], y))
+    args = (normal(1, T, H, P), np.exp(rng.uniform(-6, 0, (1, T, H))), -np.exp(normal(H)), normal(1, T, 1, N),
+            normal(1, T, 1, N))
+    y, _ = ssd_numpy(*args)
+    row("Mamba-2", mask=apart(ssd_mask_numpy(*args), y), chunks=apart(ssd_chunked_numpy(*args)[0], y),
+        op=apart(ssd(*single(*args))[0], y))
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+    args = (normal(1, T, H, N), unit(normal(1, T, H, N)), normal(1, T, H, P), -np.exp(rng.uniform(-6, 0, (1, T, H))),
+            rng.random((1, T, H)))
+    y, _ = gated_delta_numpy(*args)
+    row("gated delta rule", chunks=apart(gated_delta_chunked_numpy(*args)[0], y),
+        op=apart(gated_delta(*single(*args))[0], y))
+
+
+WIDTH, LENGTHS = 512, (512, 2048, 8192, 16384)
+
+
+def heads_of_each(T, heads=8, P=64):
+    """The four ways to mix T tokens of 512 channels → {name: (op, its inputs)}."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(1, T, *shape, generator=generator)
+    step = lambda *shape: F.softplus(normal(*shape) - 3)
+    q, k, v = (normal(heads, P).transpose(1, 2) for _ in range(3))
+    return {
+        "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)),
+        "Mamba": (lambda x, dt, B, C: selective_scan(x, dt, -torch.arange(1.0, 17).repeat(WIDTH, 1), B, C)[0],
+                  (normal(WIDTH), step(WIDTH), normal(16), normal(16))),
+        "Mamba-2": (lambda x, dt, B, C: ssd(x, dt, -torch.ones(heads), B, C)[0],
+                    (normal(heads, P), step(heads), normal(1, 64), normal(1, 64))),
+        "gated delta": (lambda q, k, v, decay, beta: gated_delta(q, k, v, decay, beta)[0],
+                        (normal(heads, P), F.normalize(normal(heads, P), dim=-1), normal(heads, P), -step(heads),
+                         torch.rand(1, T, heads, generator=generator)))}
+
+
+def seconds_of(op, inputs, tries):
+    """Best of `tries`, forward and backward."""
+    inputs, times = [x.detach().requires_grad_() for x in inputs], []
+    for _ in range(tries):
+        began = time.perf_counter()
+        torch.autograd.grad(op(*inputs).sum(), inputs)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def show_times():
+    """Forward and backward over lengths, and from where the state is ahead of attention."""
+    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads "
+          "(attention: torch's)")
+    names, times = list(heads_of_each(1)), {}
+    print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
+    for T in LENGTHS:
+        for name, (op, inputs) in heads_of_each(T).items():
+            times[name, T] = seconds_of(op, inputs, 3 if T < 8192 else 1)
+        print(f"{T:>9,}" + "".join(f"{1000 * times[name, T]:>14,.1f}" for name in names), flush=True)
+    for name in names[1:]:
+        ahead = [T for T in LENGTHS if times[name, T] < times["attention", T]]
+        if not ahead or ahead[0] == LENGTHS[0]:
+            print(f"   {name} is ahead " + (f"from {LENGTHS[0]:,} tokens on at least" if ahead else "at none of them"))
+            continue
+        above = ahead[0]
+        below = LENGTHS[LENGTHS.index(above) - 1]                            # between the two both are near powers of T
+        a, b = (math.log(times[name, T] / times["attention", T]) for T in (below, above))
+        print(f"   {name} overtakes attention at about {below * (above / below) ** (a / (a - b)):,.0f} tokens")
+
+
+@torch.no_grad()
+def show_steps():
+    """What one more token costs after 1,024 and after 65,536 others."""
+    print("\none more token, µs (a sequence alone), and what is kept for it")
+    heads, P = 8, 64
+    x, k, one = torch.randn(1, WIDTH), F.normalize(torch.randn(1, heads, P), dim=-1), torch.rand(1, heads)
+    ways = {"Mamba": (lambda h: selective_scan_step(x, x.exp(), -torch.ones(WIDTH, 16), x[:, :16], x[:, :16], state=h),
+                      torch.zeros(1, WIDTH, 16)),
+            "Mamba-2": (lambda h: ssd_step(k, one, -torch.ones(heads), k[:, :1], k[:, :1], state=h),
+                        torch.zeros(1, heads, P, P)),
+            "gated delta": (lambda h: gated_delta_step(k, k, k, -one, one, h), torch.zeros(1, heads, P, P))}
+
+    def micros(work):
+        times = []
+        for _ in range(60):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return 1e6 * sorted(times)[20]
+    keys = torch.randn(2, 1, heads, 65536, P)
+    for context in (1024, 65536):
+        cells = {"attention": (micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys[:, :, :, :context])),
+                               8 * heads * context * P)}
+        for name, (step, h) in ways.items():
+            box = [h]
+
+            def go():
+                box[0] = step(box[0])[1]
+            cells[name] = micros(go), h.nbytes
+        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB"
+                                         for name, (t, size) in cells.items()), flush=True)
+
+
+# --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------
+
+def recall(rng, B, T, pairs):
+    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any
+    order, each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
+    """
+    tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
+    for b in range(B):
+        keys, values = rng.permutation(64)[:pairs] + 1, rng.integers(65, 129, pairs)
+        tokens[b, 0:2 * pairs:2], tokens[b, 1:2 * pairs:2] = keys, values
+        at = 2 * pairs + np.arange(pairs) * 2
+        order = rng.permutation(pairs)
+        tokens[b, at], targets[b, at] = keys[order], values[order]
+        tokens[b, at + 1] = values[order]
+    return tokens, targets
+
+
+def selective_copying(rng, B, T, count):
+    """Words among blanks, then as many places to write them in order (arXiv 2312.00752)."""
+    tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
+    for b in range(B):
+        words = rng.integers(1, 17, count)
+        tokens[b, np.sort(rng.permutation(T - count)[:count])] = words
+        tokens[b, T - count:], targets[b, T - count:] = 17, words
+    return tokens, targets
+
+
+def induction(rng, B, T, _):
+    """A marked word somewhere, and at the end its mark again: what stood after it (arXiv 2209.11895)."""
+    tokens, targets = rng.integers(1, 17, (B, T)), np.full((B, T), -1)
+    at = rng.integers(0, T - 3, B)
+    tokens[np.arange(B), at], tokens[:, -1] = 17, 17
+    targets[:, -1] = tokens[np.arange(B), at + 1]
+    return tokens, targets
+
+
+def parity(rng, B, T, _):
+    """Whether the ones so far are odd, at each place: a state of one bit, if it can flip (arXiv 2207.02098)."""
+    tokens = rng.integers(1, 3, (B, T))
+    return tokens, np.cumsum(tokens - 1, 1) % 2
+
+
+TASKS = {f"recall, {n} pairs": (recall, 4 * n, n, 129) for n in (4, 16, 32, 64)} | {
+    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18),
+    "parity": (parity, 64, 0, 3)}
+STACKS = {"attention": "aa", "Mamba-2": "ss", "gated delta": "dd", "hybrid": "sa"}
+PROBE_WIDTH, PROBE_STATE = 64, 16
+
+
+class Probed(nn.Module):
+    """Two layers of one kind or two, each with an MLP, at nearly equal parameters; a state of 2 · 64 · 16 numbers."""
+
+    def __init__(self, letters, V, C=PROBE_WIDTH):
+        super().__init__()
+        rotary = Rotary(rotary_inv_freq(C // 2))
+        make = {"a": lambda: Attention(C, 2, 2, C // 2, rotary), "s": lambda: Mamba2(C, H=2, P=C // 2, N=PROBE_STATE),
+                "d": lambda: GatedDelta(C, H=2, K_dim=PROBE_STATE, V_dim=C // 2)}
+        self.embed, self.head = nn.Embedding(V, C), nn.Linear(C, V)
+        self.blocks = nn.ModuleList(Block(make[letter](), MLP(C, 2 * C), C) for letter in letters)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for block in self.blocks:
+                if isinstance(block.attention, Mixer):
+                    block.attention.initialize(generator)
+
+    def forward(self, x):
+        positions, x = torch.arange(x.shape[1]), self.embed(x)
+        for block in self.blocks:
+            x = block(x, positions)
+        return self.head(F.rms_norm(x, x.shape[-1:]))
+
+
+def train_probe(task, letters, seconds, say, seed=0):
+    """→ the share of answers that are right on fresh rows, and steps taken. Ends early where all are."""
+    make, T, n, V = TASKS[task]
+    torch.manual_seed(seed)
+    rng, model, began, step, right = np.random.default_rng(seed), Probed(letters, V), time.perf_counter(), 0, 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+
+    def rows(B):
+        return [torch.from_numpy(a) for a in make(rng, B, T, n)]
+    while (done := (time.perf_counter() - began) / seconds) < 1 and right < 0.999:
+        x, y = rows(64)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * done)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 50 == 0:
+            with torch.no_grad():
+                x, y = rows(128)
+                right = (model(x).argmax(-1) == y)[y >= 0].float().mean().item()
+            say(done, loss.item(), right)
+    with torch.no_grad():
+        x, y = rows(256)
+        return (model(x).argmax(-1) == y)[y >= 0].float().mean().item(), step
+
+
+def probe(minutes, out):
+    """Each task with each stack → a table and probe.png. What is done lies in probe.jsonl and is not done again."""
+    out.mkdir(parents=True, exist_ok=True)
+    notes = out / "probe.jsonl"
+    done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    known = {(row["task"], row["stack"]): row for row in done}
+    seconds = 60 * minutes / (len(TASKS) * len(STACKS))
+    sizes = {name: sum(w.numel() for w in Probed(letters, 129).parameters()) for name, letters in STACKS.items()}
+    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {PROBE_WIDTH * PROBE_STATE} numbers; "
+          f"up to {seconds:.0f} s each; right answers on fresh rows\n"
+          f"{'':20}" + "".join(f"{name:>14}" for name in STACKS)
+          + f"\n{'parameters':20}" + "".join(f"{size:>14,}" for size in sizes.values()), flush=True)
+    for task in TASKS:
+        print(f"{task:20}", end="", flush=True)
+        for name, letters in STACKS.items():
+            if (task, name) not in known:
+                say = lambda p, loss, right: sys.stderr.isatty() and print(
+                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr,
+                    flush=True)
+                right, steps = train_probe(task, letters, seconds, say)
+                known[task, name] = dict(task=task, stack=name, right=right, steps=steps, seconds=round(seconds, 1))
+                beside = notes.with_suffix(".new")
+                beside.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
+                beside.replace(notes)
+            print(f"{known[task, name]['right']:>14.1%}", end="", flush=True)
+        print(flush=True)
+    draw_probe(known, out / "probe.png")
+    print(f"{out / 'probe.png'} shows it")
+
+
+def draw_probe(known, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    for i, name in enumerate(STACKS):
+        shares = [100 * known[task, name]["right"] for task in TASKS]
+        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, shares, 0.18, label=name)
+        axis.bar_label(bars, fmt="%.0f", fontsize=6)
+    axis.set_xticks(np.arange(len(TASKS)) + 0.3, list(TASKS), rotation=20, fontsize=8)
+    axis.set(ylabel="right answers, %", ylim=(0, 112))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=4, loc="upper center", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    """Show that all forms agree, where a state overtakes attention, what a token costs; or probe what it remembers."""
+    p = argparse.ArgumentParser(prog="ssm.py", description=main.__doc__)
+    p.add_argument("--probe", action="store_true", help="recall, copying, induction and parity, for four stacks")
+    p.add_argument("--minutes", type=float, default=20.0, help="for --probe, at most (%(default)g)")
+    p.add_argument("--out", default="probe", help="folder for --probe: its results, to go on with (%(default)s)")
+    args = p.parse_args(argv)
+    if not 0 < args.minutes < math.inf:
+        print(f"ssm.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
+        return 2
+    if args.probe:
+        probe(args.minutes, Path(args.out))
+        return 0
+    show_agreement()
+    show_times()
+    show_steps()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -614,7 +614,7 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     mixers: dict = field(default_factory=dict)                               # letter → what its layer is built with
-    capacity: float = 0.125                                                  # of routed blocks, those of capital letters
+    capacity: float = 0.125                                                  # of routed blocks, the capital letters
     routing: str = "topk"
     eos_ids: list = field(default_factory=list)
     raw: dict = field(default_factory=dict)
@@ -635,15 +635,15 @@ def our_config(layers, dim, heads, kv_heads, vocab, context, eos_ids, capacity=0
         kinds = set(layers.lower())
         raw.update({key: value for letter, key, value in (
             ("s", "mamba2", mamba2_sizes(dim)), ("m", "mamba", dict(expand=2, state_size=16, conv_kernel=4)),
-            ("d", "gated_delta", dict(num_heads=heads, head_k_dim=dim // heads, head_v_dim=dim // heads, conv_kernel=4)))
-            if letter in kinds})
+            ("d", "gated_delta", dict(num_heads=heads, head_k_dim=dim // heads, head_v_dim=dim // heads,
+                                      conv_kernel=4))) if letter in kinds})
         if layers != layers.lower():
             raw.update(capacity=capacity, routing=routing)
     return raw
 
 
 def mamba2_sizes(dim):
-    """A Mamba-2 layer of ours: twice as wide inside, heads of 64 channels (fewer where they do not divide), one group."""
+    """A Mamba-2 layer of ours: twice as wide inside, heads of 64 channels or what of 64 divides them, one group."""
     head_dim = math.gcd(2 * dim, 64)
     return dict(num_heads=2 * dim // head_dim, head_dim=head_dim, state_size=64, n_groups=1, conv_kernel=4)
 
@@ -681,6 +681,12 @@ KINDS = {   # model_type: what its config.json may leave out (None: the number o
 }
 
 
+def foreign_bits(raw):
+    """Whether a config.json speaks of weights in another's fewer bits."""
+    about = raw.get("quantization_config")
+    return bool(about) and not (isinstance(about, dict) and about.get("quant_method") == "twin")
+
+
 def parse_config(raw, generation=None):
     """config.json (and generation_config.json) of a Qwen3, Qwen2, Llama, Mistral or Mamba-2 folder, any dialect, or of
     a mixed stack of ours → Config.
@@ -701,8 +707,8 @@ def parse_config(raw, generation=None):
         raise UserError(f"config.json: {key} = {json.dumps(raw.get(key))} is not supported: {why}")
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", "only silu")
-    if raw.get("quantization_config"):
-        refuse("quantization_config", "only folders of plain weights")
+    if foreign_bits(raw):
+        refuse("quantization_config", "only folders of plain weights, and those of infer.py --quantize --save")
     dim, heads, n = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or (dim // heads if defaults["head_dim"] == "quotient" or "head_dim" in raw
                                        else defaults["head_dim"])
@@ -713,7 +719,8 @@ def parse_config(raw, generation=None):
         refuse("head_dim", "rotary needs an even head size")
     layers = raw.get("layers", "a" * n)
     kinds = KNOWN if kind == "twin" else "a"
-    if not isinstance(layers, str) or len(layers) != n or set(layers.lower() if kind == "twin" else layers) - set(kinds):
+    letters = str(layers).lower() if kind == "twin" else layers
+    if not isinstance(layers, str) or len(layers) != n or set(letters) - set(kinds):
         refuse("layers", f"{n} blocks of kind {' '.join(kinds)} are known")
 
     window = raw.get("sliding_window", 4096 if defaults["windowed"] or kind == "mistral" else None)
@@ -732,7 +739,8 @@ def parse_config(raw, generation=None):
         eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=defaults["qk_norm"], qkv_bias=bias or kind == "qwen2", out_bias=bias,
         mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), mixers=parse_mixers(raw, layers, dim),
-        capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation), raw=raw)
+        capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation),
+        raw=raw)
 
 
 def end_ids(raw, generation):
@@ -773,8 +781,8 @@ def parse_mamba2(raw, generation):
         refuse("layers", f"{n} blocks of kind s make a mamba2")
     if c["hidden_act"] not in ("silu", "swish"):
         refuse("hidden_act", "only silu")
-    if raw.get("quantization_config"):
-        refuse("quantization_config", "only folders of plain weights")
+    if foreign_bits(raw):
+        refuse("quantization_config", "only folders of plain weights, and those of infer.py --quantize --save")
     if c["num_heads"] * c["head_dim"] != c["expand"] * c["hidden_size"]:
         refuse("num_heads", "times head_dim it must be expand times hidden_size")
     if c["num_heads"] % c["n_groups"]:
@@ -783,8 +791,8 @@ def parse_mamba2(raw, generation):
                  bias=c["use_bias"], conv_bias=c["use_conv_bias"], eps=c["layer_norm_epsilon"],
                  dt_limit=tuple(map(float, c["time_step_limit"])))
     return Config(
-        model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0, hidden=0,
-        vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
+        model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0,
+        hidden=0, vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
         inv_freq=torch.zeros(0), eps=c["layer_norm_epsilon"], tied=bool(raw.get("tie_word_embeddings", False)),
         mixers=dict(s=mixer), eos_ids=end_ids(raw, generation), raw=raw)
 
@@ -851,14 +859,15 @@ def run_block(block, x, positions, state=None):
 def make_block(c, letter, window, rotary):
     """One block of a stack by its letter; a capital routes it."""
     if letter.isupper():
-        return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.dim, c.capacity, c.routing)
+        return MixtureOfDepths(make_block(c, letter.lower(), window, rotary), c.capacity, c.routing, c.dim)
     if letter == "a":
-        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window, c.eps,
-                          attend)
+        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, rotary, c.qk_norm, c.qkv_bias, c.out_bias, window,
+                          c.eps, attend)
     else:
         mixer = dict(s=Mamba2, m=Mamba, d=GatedDelta)[letter](c.dim, **c.mixers[letter])
-    return Block(mixer, MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps) if letter in "ad" else MixerBlock(mixer, c.dim,
-                                                                                                          c.eps)
+    if letter in "ad":
+        return Block(mixer, MLP(c.dim, c.hidden, c.mlp_bias), c.dim, c.eps)
+    return MixerBlock(mixer, c.dim, c.eps)
 
 
 def parts(block):
@@ -875,7 +884,7 @@ class Model(nn.Module):
         c = self.config = config
         rotary = Rotary(c.inv_freq, c.rotary_factor)
         self.embed = nn.Embedding(c.vocab, c.dim)
-        self.blocks = nn.ModuleList(make_block(c, letter, window, rotary) for letter, window in zip(c.layers, c.windows))
+        self.blocks = nn.ModuleList(make_block(c, *kind, rotary) for kind in zip(c.layers, c.windows))
         self.norm = RMSNorm(c.dim, c.eps)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
         self.recompute = False                                               # of a block, keep its input alone
@@ -1087,6 +1096,8 @@ def load(folder, device=None, dtype=None):
     raw = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     config = parse_config(raw, read_json(generation) if generation.exists() else None)
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder}: its weights are in fewer bits: infer.py runs it, what it was made from trains")
     dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = empty_model(config, dtype, device)
@@ -1121,7 +1132,7 @@ def replacing(path):
 
 
 def strict(value):
-    """A value of config.json with what JSON lacks, infinity, written as transformers does: the reverse of `read_json`."""
+    """A value of config.json with what JSON lacks, infinity, written as transformers does: `read_json` in reverse."""
     if isinstance(value, dict):
         return {key: strict(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1129,9 +1140,9 @@ def strict(value):
     return {"__float__": "Infinity" if value > 0 else "-Infinity"} if value in (math.inf, -math.inf) else value
 
 
-def save(model, tokenizer, folder):
+def save(model, tokenizer, folder, tensors=None):
     """Write config.json, tokenizer.json (with its _config, without which transformers takes another class for it) and
-    model.safetensors: a Hugging Face folder.
+    model.safetensors: a Hugging Face folder. tensors: other ones than `folder_tensors` in float32.
     """
     folder = Path(folder)
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
@@ -1142,7 +1153,8 @@ def save(model, tokenizer, folder):
         with replacing(folder / name) as path:
             path.write_text(text, encoding="utf-8")
     with replacing(folder / "model.safetensors") as path:
-        tensors = {name: tensor.float().cpu().contiguous() for name, tensor in folder_tensors(model).items()}
+        if tensors is None:
+            tensors = {name: tensor.float().cpu().contiguous() for name, tensor in folder_tensors(model).items()}
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -1918,8 +1930,8 @@ def arguments():
     p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
     p.add_argument("--passes", type=positive(float),
                    help=f"with --minutes: end after reading the text that many times ({PASSES:g})")
-    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP, s = Mamba-2, m = Mamba, "
-                   "d = gated delta rule + MLP; a capital routes its block by Mixture of Depths (by the budget)")
+    p.add_argument("--layers", help="how many blocks, or a letter for each: a = attention + MLP, s = Mamba-2, m = "
+                   "Mamba, d = gated delta rule + MLP; a capital routes its block by Mixture of Depths (by the budget)")
     p.add_argument("--capacity", type=positive(float), help="share of the tokens that a routed block takes (0.125)")
     p.add_argument("--routing", choices=["topk", "threshold"],
                    help=f"what a routed block trains with: the best of each window, or all above a bar ({ROUTING})")
