@@ -2319,7 +2319,11 @@ def main(argv=None):
         print(f"ssm.py: --minutes {args.minutes}: it must be above 0", file=sys.stderr)
         return 2
     if args.probe:
-        probe(args.minutes, Path(args.out))
+        try:
+            probe(args.minutes, Path(args.out))
+        except OSError as error:
+            print(f"ssm.py: --out {args.out}: {error.strerror}", file=sys.stderr)
+            return 2
         return 0
     show_agreement()
     show_times()

@@ -1218,6 +1218,21 @@ def test_decays_near_one_and_near_nothing(low, high):
     against_the_definition("selective_scan", args, cu, 1e-5)
 
 
+@pytest.mark.parametrize("low, high", [(1e-8, 1e-6), (1e-6, 1e2), (10, 100), (200, 1e4)])
+@pytest.mark.parametrize("way, T", [("torch", 257), ("kernel", 40)])
+def test_faint_gradients_of_mamba_are_right_by_their_own_scale(way, T, low, high):
+    """Neither D nor a state beside it: what a tiny or a huge Δ leaves is held to 1e-5 of itself."""
+    args, _ = inputs_of("selective_scan", 3, T, False, low=low, high=high)
+    tensors = [torch.tensor(a).float() for a in args[:5]]
+    exact = [t.double().numpy() for t in tensors]
+    with kernels() if way == "kernel" else contextlib.nullcontext():
+        outputs, grads = gradients(Sm.selective_scan, *tensors)
+    dys = tuple(randn(*o.shape, seed=9 + i).to(o.dtype).double().numpy() for i, o in enumerate(outputs))
+    wanted = [*Sm.selective_scan_numpy(*exact), *Sm.selective_scan_backward_numpy(*exact, grad=dys)]
+    for a, b in zip(outputs + grads, wanted):
+        assert np.abs(a.double().numpy() - b).max() <= 1e-5 * np.abs(b).max()
+
+
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
 def test_scans_of_half_precision_are_summed_in_single(cast):
     args, _ = inputs_of("selective_scan", 3, 60, False)
@@ -1350,6 +1365,8 @@ def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
     code, _, err = run(Sm, "--probe", "--minutes", -1)
     assert code == 2 and "--minutes" in err
+    code, _, err = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path / "probe.png")
+    assert code == 2 and "--out" in err and err.count("\n") == 1
 
 
 # --- 4. ssm.py: SSD and the gated delta rule, each in its forms, forward and backward ---------------------------------
