@@ -1371,7 +1371,8 @@ def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
 
 # --- 4. ssm.py: SSD and the gated delta rule, each in its forms, forward and backward ---------------------------------
 
-OPS += [(Sm, "ssd"), (Sm, "ssd_step"), (Sm, "gated_delta"), (Sm, "gated_delta_step")]
+OPS += [(Sm, "causal_conv1d"), (Sm, "selective_scan"), (Sm, "ssd"), (Sm, "ssd_step"), (Sm, "gated_delta"),
+        (Sm, "gated_delta_step"), (M, "gather_rows"), (M, "scatter_add_rows")]
 SSD = dict(op="ssd", twin=Sm.ssd_numpy, backward=Sm.ssd_backward_numpy)
 DELTA = dict(op="gated_delta", twin=Sm.gated_delta_numpy, backward=Sm.gated_delta_backward_numpy)
 
