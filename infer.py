@@ -1785,10 +1785,9 @@ class Constraints:
         if not rows:
             return logits
         bits = np.frombuffer(b"".join(requests[i].matcher.compute_bitmask() for i in rows), dtype=np.uint8)
-        allowed = np.unpackbits(bits.reshape(len(rows), -1), axis=1, count=self.V, bitorder="little").astype(bool)
-        allowed, logits = torch.from_numpy(allowed).to(logits.device), logits.clone()
-        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
-        return logits
+        barred = np.zeros((len(requests), self.V), dtype=bool)
+        barred[rows] = np.unpackbits(~bits.reshape(len(rows), -1), axis=1, count=self.V, bitorder="little")
+        return logits.masked_fill(torch.from_numpy(barred).to(logits.device), -torch.inf)
 
 
 # --- 6. Drafts: tokens guessed ahead, so that one pass over the weights checks several --------------------------------
@@ -2737,11 +2736,8 @@ def compare(args):
             bar.set_description(way)
             rows.append(compared(args, way, corpus, text, machine, Path(folder) / way))
             bar.update()
-    base = rows[0]
+    base, best = rows[0], recommended(rows)
     lost = {r["way"]: r["bits_per_byte"] / base["bits_per_byte"] - 1 for r in rows}
-    fit = [r for r in rows[1:] if lost[r["way"]] <= 0.01] or [min(rows[1:], key=lambda r: lost[r["way"]])]
-    best = max(fit, key=lambda r: r["decode_1"])
-    best = best if best["decode_1"] > base["decode_1"] else min(fit, key=lambda r: r["memory"])
     if args.json:
         show(json.dumps(dict(rows=rows, recommended=best["way"])), end="\n")
     else:
@@ -2751,8 +2747,22 @@ def compare(args):
                  f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
                  f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
         show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
-             f"{base['disk'] / best['disk']:.1f} times smaller, {best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
+             f"{base['disk'] / best['disk']:.1f} times smaller, "
+             f"{best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
     plot_compared(rows, Path("compare.png"))
+
+
+def recommended(rows):
+    """Of the ways that lose at most 1%, or the one that loses least: the fastest at batch 1, or, where none is faster
+    than float32 (`rows[0]`), the smallest. int4, awq and gptq are one format: among equals the one that loses least.
+    """
+    base, least = rows[0], min(r["bits_per_byte"] for r in rows[1:])
+    fit = [r for r in rows[1:] if r["bits_per_byte"] <= max(1.01 * base["bits_per_byte"], least)]
+    fastest = max(r["decode_1"] for r in fit)
+    equals = [r for r in fit if r["decode_1"] >= 0.9 * fastest]
+    if fastest <= base["decode_1"]:
+        equals = [r for r in fit if r["memory"] == min(r["memory"] for r in fit)]
+    return min(equals, key=lambda r: r["bits_per_byte"])
 
 
 def compared(args, way, corpus, text, machine, folder):
@@ -3893,7 +3903,8 @@ def main(argv=None):
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = arguments().parse_args(argv)
         sampling = Sampling(**{k: getattr(args, k) for k in Sampling.__dataclass_fields__})
-        if sum([bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None]) > 1:
+        doors = bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None
+        if sum(doors) > 1:
             raise UserError("a prompt, --score, --bench, --bench-serving, --compare and --serve: give one of them")
         if args.save and not (args.quantize or args.prune):
             raise UserError("--save writes a compressed model: give --quantize or --prune")

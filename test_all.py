@@ -4169,6 +4169,18 @@ def test_compare_says_which_to_take(trained, corpus, tmp_path, monkeypatch):
     assert (tmp_path / "compare.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("speeds, want", [
+    (dict(float32=10, int8=20, int4=40, awq=41, gptq=39), "gptq"),          # equals in speed: the one that loses least
+    (dict(float32=10, int8=90, int4=40, awq=41, gptq=39), "int8"), (dict(float32=99, int8=20, int4=40, gptq=41), "gptq")])
+def test_the_way_recommended(speeds, want):
+    bits = dict(float32=1.0, int8=1.001, int4=1.009, awq=1.008, gptq=1.005)
+    memory = dict(float32=4, int8=1)
+    row = lambda way: dict(way=way, bits_per_byte=bits[way], decode_1=speeds[way], memory=memory.get(way, 0.5))
+    assert infer.recommended([row(way) for way in speeds])["way"] == want
+    worse = [row(way) | dict(bits_per_byte=bits[way] * (1 if way == "float32" else 1.1)) for way in speeds]
+    assert infer.recommended(worse)["way"] == "int8"                         # none is fit: what loses least
+
+
 # --- 12. Drafts: a text is the same with and without ------------------------------------------------------------------
 
 @pytest.mark.parametrize("draft", ["ngram", "self", "folder"])
