@@ -1099,9 +1099,10 @@ class RowState:
         seen = place <= self.positions[:, None]
         if window is not None:
             seen = seen & (place > self.positions[:, None] - window)
-        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), self.keys, self.values,
-                                           attn_mask=seen[:, None, None].expand(-1, 1, H // G, -1))
-        return y.reshape(B, H, 1, D)
+        q = q.reshape(B, G, H // G, 1, D) * D ** -0.5                        # as sums, which the compiler fuses: for one
+        scores = (q * self.keys[:, :, None]).sum(-1)                         # row less than half of a kernel's time
+        p = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        return (p[..., None] * self.values[:, :, None]).sum(-2).reshape(B, H, 1, D)
 
 
 class Pages:
@@ -2438,10 +2439,11 @@ class LLM:
             fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)
             return train.Graph(fresh, tokens, positions, *places, pool=self.pool)
         import torch._inductor.config as inductor
-        step = torch.compile(step, dynamic=False, fullgraph=True)
+        step = torch.compile(step, dynamic=False, fullgraph=True, isolate_recompiles=True,
+                             options=dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe))
         several = tokens.numel() > 1 and not self.quantize
-        with inductor.patch(**dict(freezing=True, max_autotune=True,         # weights laid out for so many rows
-                                   max_autotune_gemm_backends="CPP") if several else {}):
+        with inductor.patch(size_asserts=False, **dict(                      # weights laid out for so many rows
+                freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP") if several else {}):
             step(tokens, positions, *places)
         return step
 
