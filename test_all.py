@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -782,11 +783,11 @@ def test_visited_tiles_hold_all_that_is_seen_and_whole_ones_nothing_else(T, S, c
     distance = np.arange(T)[:, None] + S - T - np.arange(S)
     seen = (distance >= 0) | (not causal)
     seen = seen if window is None else seen & (distance < window)
-    for M, N in ((1, 1), (4, 2), (3, 5), (16, 16)):
-        for matrix, tiles, rows, columns, m, n in ((seen, Fl.key_tiles, T, S, M, N),
-                                                   (seen.T, Fl.query_tiles, S, T, N, M)):
+    for height, width in ((1, 1), (4, 2), (3, 5), (16, 16)):
+        for matrix, tiles, rows, columns, m, n in ((seen, Fl.key_tiles, T, S, height, width),
+                                                   (seen.T, Fl.query_tiles, S, T, width, height)):
             for i0 in range(0, rows, m):
-                lo, full_lo, full_hi, hi = tiles(i0, T, S, window, causal, M, N)
+                lo, full_lo, full_hi, hi = tiles(i0, T, S, window, causal, height, width)
                 assert 0 <= lo <= full_lo <= full_hi and lo % n == full_lo % n == full_hi % n == 0
                 visited = set(range(lo, full_lo, n)) | set(range(full_lo, full_hi, n)) | set(range(full_hi, hi, n))
                 for j0 in range(0, columns, n):
@@ -4758,8 +4759,8 @@ def test_a_connection_without_a_request_is_closed(small, monkeypatch):
 def test_the_key_is_asked_for_everywhere_but_on_the_page_and_by_browsers_that_ask_first(small):
     s = small(key="sésame")
     assert s.good(TEXT, prompt="x", max_tokens=1) and s.ask("/v1/models")[0] == 200
-    for given in ("", "Bearer", "Bearer x", "Bearer sésam", "sésame", "Basic sésame", "Bearer sésame x"):
-        error = s.refused(TEXT, dict(prompt="x"), 401, authorization=given.encode())
+    for wrong in ("", "Bearer", "Bearer x", "Bearer sésam", "sésame", "Basic sésame", "Bearer sésame x"):
+        error = s.refused(TEXT, dict(prompt="x"), 401, authorization=wrong.encode())
         assert error["code"] == "invalid_api_key" and "sésame" not in error["message"]
     assert s.ask("/v1/models", authorization="bearer sésame".encode())[0] == 200
     for path in ("/v1/models", CHAT, "/tokenize", "/nowhere"):
@@ -5234,6 +5235,62 @@ def test_programs_answer_from_a_shell(program, tmp_path):
     done = subprocess.run([sys.executable, HERE / program, *flags], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def readme_commands():
+    """The lines of the README's shell blocks that call a program; those that make the environment are the CI's."""
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = [line.split("  #")[0].strip().removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun ", "cat "))]
+
+
+@pytest.fixture(scope="module")
+def home(corpus, trained, tmp_path_factory):
+    """What the README's commands speak of: novels, notes, folders of models."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(corpus, home / "novels")
+    for name in ("out", "DIR", "Qwen3-0.6B", "big"):
+        shutil.copytree(trained, home / name)
+    (home / "notes.txt").write_text("def f(x):\n    return x\n" * 400, encoding="utf-8")
+    return home
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme(command, home, tmp_path, monkeypatch):
+    """As it stands there, in its folder, with a short budget where it is a long one."""
+    monkeypatch.setenv("HOME", str(home)), monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(home)
+    piped, _, command = command.rpartition(" | ")
+    words = [os.path.expanduser(w) for w in shlex.split(command)]
+    program = next(w for w in words if w.endswith(".py"))
+    flags = words[words.index(program) + 1:]
+    asked = lambda *names: any(name in flags for name in names)
+
+    def short(**budget):
+        for name, value in budget.items():
+            name = "--" + name.replace("_", "-")
+            flags[:] = flags + [name, str(value)] if name not in flags else [
+                str(value) if before == name else w for before, w in zip([None, *flags], flags)]
+    if program == "train.py":
+        if not asked("--data", "--resume"):
+            short(data="novels")
+        if "--resume" in flags:                                              # it goes on with a run of its own
+            assert run(train, "--data", "novels", "--minutes", 0.05, "--out", tmp_path)[0] == 0
+        short(out=tmp_path, **dict(minutes=0.1) if asked("--minutes") else dict(steps=3))
+    elif program == "infer.py":
+        short(**dict(new_tokens=4, prompt_tokens=8) if asked("--bench") else {} if asked("--serve", "--score") else
+              dict(max_tokens=8))
+    if asked("--serve", "--kernels", "--plan"):                              # these stand in tests of their own
+        assert (Hw if program == "hw_profile.py" else infer).arguments().parse_args(flags)
+    elif words[0] == "torchrun" or piped:
+        start = [sys.executable, *("-m torch.distributed.run --standalone --nproc_per_node=2".split() * (not piped))]
+        done = subprocess.run([*start, HERE / program, *flags], capture_output=True, text=True, timeout=240,
+                              input=Path(piped.split()[1]).read_text(encoding="utf-8")[:40] if piped else None)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    else:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("def f("))
+        code, out, err = run(dict(train=train, infer=infer, hw_profile=Hw)[program[:-3]], *flags)
+        assert code == 0 and out, err
 
 
 def test_a_termination_signal_saves(corpus, tmp_path):
