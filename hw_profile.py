@@ -33,8 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
-from dataclasses import dataclass, replace
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,8 @@ from tqdm import tqdm
 import attention as A
 import flash
 import infer
+import mod
+import ssm
 import train
 from train import Parser, UserError, positive
 
@@ -750,7 +752,7 @@ def profile(args):
             print(json.dumps(row))
         return
     show_bench(b)
-    show_ops(results, todo)
+    show_ops(results)
     print()
     show_accelerators(list(ACCELERATORS.values()), False)
     print(f"\nroofline: {args.out}")
@@ -773,7 +775,7 @@ def show_bench(b):
     table(["rows", *map(str, ys)], [[x, *(figure(b.products[x, y] / 1e9) for y in ys)] for x in xs])
 
 
-def show_ops(results, todo):
+def show_ops(results):
     """Each op measured, predicted, as a share of its roof; and on accelerators."""
     print()
     table(["op (float32)", "FLOPs", "bytes", "FLOP/B", "passes", "measured ms", "predicted", "ratio", "of roof"],
@@ -1045,7 +1047,7 @@ def show_kernels(as_json):
 
 @dataclass
 class Shape:
-    """The sizes that cost: a letter a block (a attention, s Mamba-2, m Mamba-1; a capital: Mixture of Depths)."""
+    """The sizes that cost: a letter a block (a attention, s Mamba-2, m Mamba-1, d gated delta; a capital is routed)."""
     name: str
     layers: str
     dim: int
@@ -1071,15 +1073,10 @@ class Shape:
     shared: int = 0
     expert_hidden: int = 0
     dense: int = 0
-    # State spaces: inner width, state, heads and groups (Mamba-2), convolution, chunk; rank of dt (Mamba-1).
-    inner: int = 0
-    state: int = 0
-    state_heads: int = 0
-    groups: int = 1
-    conv: int = 4
-    chunk: int = 64
-    rank: int = 0
+    # Recurrent layers: {letter: what its function in LAYERS is called with}. Mixture of Depths: mod.py's two.
+    mixers: dict = field(default_factory=dict)
     capacity: float = 0.125
+    routing: str = "topk"
 
 
 def llama(name, layers, dim, heads, kv_heads, hidden, vocab=128256, **rest):
@@ -1103,9 +1100,9 @@ MODELS = {m.name: m for m in (                                               # t
     replace(qwen3("30B-A3B", 48, 2048, 32, 4, 6144, False), experts=128, active=8, expert_hidden=768),
     Shape("DeepSeek-V3", "a" * 61, 7168, 129280, 128, 128, 128, 18432, latent_q=1536, latent=512, rotated=64,
           value_dim=128, experts=256, active=8, shared=1, expert_hidden=2048, dense=3, context=163840),
-    Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, inner=4096, state=128, state_heads=64, chunk=256, tied=True),
-    Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, inner=5120, state=128, state_heads=80, chunk=256, tied=True),
-    Shape("Mamba-2.8B", "m" * 64, 2560, 50280, inner=5120, state=16, rank=160, tied=True))}
+    Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, tied=True, mixers=dict(s=dict(H=64, P=64, N=128, G=1, K=4))),
+    Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, tied=True, mixers=dict(s=dict(H=80, P=64, N=128, G=1, K=4))),
+    Shape("Mamba-2.8B", "m" * 64, 2560, 50280, tied=True, mixers=dict(m=dict(E=5120, N=16, K=4))))}
 
 
 def model_shape(name):
@@ -1126,19 +1123,26 @@ def config_shape(raw, name="config"):
     count = get("num_hidden_layers", "n_layer")
     if not dim or not count or not raw.get("vocab_size"):
         raise UserError(f"{name}: its config.json lacks hidden_size, num_hidden_layers or vocab_size")
-    letter = "s" if kind == "mamba2" else "m" if kind == "mamba" else "a"
     known = train.KINDS.get(kind, dict(kv_heads=None, head_dim="quotient", qk_norm=False))
-    heads = get("num_attention_heads", default=0)
-    inner = get("intermediate_size") if letter == "m" else int(get("expand", default=2) * dim)
-    state_heads = get("num_heads", default=inner // get("head_dim", default=64)) if letter == "s" else 0
-    head_dim = get("head_dim", default=(known["head_dim"] if isinstance(known["head_dim"], int) else
-                                        dim // heads if heads else 0))
+    heads, mixers = get("num_attention_heads", default=0), {}
+    if kind in ("mamba2", "twin"):
+        mixers = train.parse_config(raw).mixers
+        mixers.get("s", {}).pop("eps", None), mixers.get("s", {}).pop("dt_limit", None)
+    elif kind == "mamba":
+        rank = get("time_step_rank", default="auto")
+        mixers = dict(m=dict(E=get("intermediate_size", default=get("expand", default=2) * dim),
+                             N=get("state_size", default=16), K=get("conv_kernel", default=4),
+                             R=None if rank == "auto" else rank, bias=bool(get("use_bias", default=False)),
+                             conv_bias=bool(get("use_conv_bias", default=True))))
+    elif not heads:
+        raise UserError(f"{name}: its config.json lacks num_attention_heads")
+    head_dim = get("head_dim", default=known["head_dim"] if isinstance(known["head_dim"], int) else
+                   dim // heads if heads else 0)
     return Shape(
-        name, get("layers", default=letter * count), dim, raw["vocab_size"], heads,
+        name, get("layers", default=dict(mamba2="s", mamba="m").get(kind, "a") * count), dim, raw["vocab_size"], heads,
         get("num_key_value_heads", default=known["kv_heads"] or heads), get("qk_nope_head_dim", default=head_dim),
-        get("intermediate_size", default=0) if letter == "a" else 0,
-        tied=bool(get("tie_word_embeddings", default=letter != "a")), qk_norm=known["qk_norm"],
-        qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
+        get("intermediate_size", default=0), tied=bool(get("tie_word_embeddings", default=kind == "mamba")),
+        qk_norm=known["qk_norm"], qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
         out_bias=bool(get("attention_bias", default=False)) and kind != "qwen2",
         mlp_bias=bool(get("mlp_bias", default=False)), context=get("max_position_embeddings", default=8192),
         latent_q=get("q_lora_rank", default=0), latent=get("kv_lora_rank", default=0),
@@ -1146,107 +1150,164 @@ def config_shape(raw, name="config"):
         experts=get("num_experts", "n_routed_experts", "num_local_experts", default=0),
         active=get("num_experts_per_tok", default=0), shared=get("n_shared_experts", default=0),
         expert_hidden=get("moe_intermediate_size", default=get("intermediate_size", default=0)),
-        dense=get("first_k_dense_replace", default=0), inner=inner or 2 * dim,
-        state=get("state_size", default=128 if letter != "m" else 16), state_heads=state_heads,
-        groups=get("n_groups", default=8 if letter == "s" else 1), conv=get("conv_kernel", default=4),
-        chunk=get("chunk_size", default=256), rank=get("time_step_rank", default=-(-dim // 16))
-        if get("time_step_rank") != "auto" else -(-dim // 16), capacity=get("mod_capacity", default=0.125))
+        dense=get("first_k_dense_replace", default=0), mixers=mixers, capacity=get("capacity", default=0.125),
+        routing=get("routing", default="topk"))
 
 
-def mixer_weights(c, letter):
-    """Weights of a block's mixer: (in matrices that multiply each token, in all else)."""
-    C, I = c.dim, c.inner
-    if letter == "s":                                                        # Mamba-2: z, x, B, C, dt from one product
-        conv = I + 2 * c.groups * c.state
-        return C * (I + conv + c.state_heads) + I * C, conv * c.conv + conv + 3 * c.state_heads + I + C
-    if letter == "m":                                                        # Mamba-1
-        return (C * 2 * I + I * (c.rank + 2 * c.state) + c.rank * I + I * C,
-                I * c.conv + I + I + I * c.state + I + C)
-    H, G, D = c.heads, c.kv_heads, c.head_dim
+# What a block costs, by its letter: weights in matrices, those of them that a token visits and that Muon updates, all
+# other weights; `mixing`(T): FLOPs a token, beyond its matrices, forward, in a sequence of T; `kept`(T): numbers that
+# such a sequence leaves for the backward pass on a CPU; `cache` values a token, `state` values a sequence, and the
+# kernels of a decoded token. FLOPs are those of products, all T keys counted, as torch's counter has them.
+
+Layer = namedtuple("Layer", "matrices visited muon other mixing kept cache state kernels")
+
+
+def mlp_layer(c, dense):
+    """The half of a block after its mixer: norm, gate and up, SwiGLU, down; or experts."""
+    C, F = c.dim, c.hidden
+    kept = lambda T: T * (2 * C + 1 + 4 * F)                                 # x, normed; gate, up, silu, their product
+    if c.experts and not dense:
+        one, router = 3 * C * c.expert_hidden, c.experts * C
+        all = (c.experts + c.shared) * one + router
+        return Layer(all, (c.active + c.shared) * one + router, all, C, None, kept, 0, 0, 4)
+    return Layer(3 * C * F, 3 * C * F, 3 * C * F, C + (2 * F + C) * c.mlp_bias, None, kept, 0, 0, 4)
+
+
+def with_mlp(c, dense, mixer):
+    """A mixer's costs and those of the MLP after it."""
+    mlp = mlp_layer(c, dense)
+    return Layer(*(a + b for a, b in zip(mixer[:4], mlp)), mixer.mixing, lambda T: mixer.kept(T) + mlp.kept(T),
+                 mixer.cache, mixer.state, mixer.kernels + mlp.kernels)
+
+
+def attention_layer(c, dense):
+    """Norm, qkv, norms and rotary, attention and merge, out: attention.py's, or with keys and values compressed."""
+    C, H, G, D = c.dim, c.heads, c.kv_heads, c.head_dim
+    products, other = C * (H + 2 * G) * D + H * D * C, 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias
+    wide, cache = 2 * D, 2 * G * D
     if c.latent:
-        rows = H * (D + c.rotated)
-        q = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows
-        return (q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C,
-                c.latent_q + c.latent + C)
-    return (C * (H + 2 * G) * D + H * D * C,
-            C + 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias)
+        rows, other, cache = H * (D + c.rotated), c.latent_q + c.latent, c.latent + c.rotated
+        q, wide = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows, D + c.rotated + c.value_dim
+        products = q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C
+    # x, normed; q, k, v as they came, q and k rotated, the output as [H, T, D] and merged; a number a row of each norm
+    kept = 2 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 1 + (H + G) * c.qk_norm + H       # and of each softmax
+    return with_mlp(c, dense, Layer(products, products, products, C + other, lambda T: 2 * T * H * wide,
+                                    lambda T: T * kept, cache, 0, 6))
 
 
-def mlp_weights(c, letter, i):
-    """Weights of block i's MLP: (in matrices, of these visited by a token, in all else). Mamba blocks have none."""
-    if letter in "sm":
-        return 0, 0, 0
-    if c.experts and i >= c.dense:
-        one, router = 3 * c.dim * c.expert_hidden, c.experts * c.dim
-        return (c.experts + c.shared) * one + router, (c.active + c.shared) * one + router, c.dim
-    count = 3 * c.dim * c.hidden
-    return count, count, c.dim + (2 * c.hidden + c.dim) * c.mlp_bias
+def recurrent(c, widths, K, state, out, other, mixing, kept, kernels, bias=False, conv_bias=True, inner=0, plain=0):
+    """What the recurrent layers share: norm, in, convolution, out (`ssm.Mixer`). `inner`: weights of matrices between,
+    `plain` of them not Muon's.
+    """
+    C, width, conv = c.dim, sum(widths), widths[1]
+    products = C * width + out * C + inner
+    return Layer(products, products, products - plain, C + conv * (K + conv_bias) + (width + C) * bias + other,
+                 lambda T: 2 * K * conv + mixing(T),                         # x, normed; what `in` gave; into the
+                 lambda T: T * (2 * C + 1 + width + 3 * conv) + conv * (K - 1) + kept(T),        # convolution, before
+                 0, state + conv * (K - 1), kernels)                         # SiLU and after
 
 
-def mixing_flops(c, letter, context):
-    """FLOPs a token of mixing itself, beyond its matrices, forward; all T keys counted, as torch's counter does."""
-    if letter == "s":                                                        # C Bᵀ and its product with x inside a
-        inside = 2 * c.chunk * (c.state_heads * c.state + c.inner)           # chunk; states made and read
-        return inside + 4 * c.inner * c.state + 2 * c.conv * (c.inner + 2 * c.groups * c.state)
-    if letter == "m":
-        return 9 * c.inner * c.state + 2 * c.conv * c.inner                  # as its paper counts the scan
-    wide = c.head_dim + c.rotated + c.value_dim if c.latent else 2 * c.head_dim
-    return 2 * context * c.heads * wide
+def chunked(flops, T, l=ssm.CHUNK):
+    """FLOPs a token of a sequence cut into chunks of l, the last of what is left; `flops`: of a chunk of so many."""
+    T = max(T, 1)
+    return (T // l * flops(l) + flops(T % l)) / T
+
+
+def mamba2_layer(c, dense, H, P, N, G, K, bias=False, conv_bias=True):
+    E = H * P
+    flops = lambda l: 2 * l * l * (G * N + E) + 4 * l * E * N                # C Bᵀ, times Δx; states made and read
+    return recurrent(c, (E, E + 2 * G * N, H), K, E * N, E, 3 * H + E, lambda T: chunked(flops, T),
+                     lambda T: T * ((4 + (G > 1)) * E + 2 * H + G) + -(-T // ssm.CHUNK) * E * N, 6, bias, conv_bias)
+
+
+def mamba_layer(c, dense, E, N, K, R=None, bias=False, conv_bias=True):
+    R = R or -(-c.dim // 16)
+    return recurrent(c, (E, E, 0), K, E * N, E, E * N + 2 * E, lambda T: 9 * E * N,        # as its paper counts a scan
+                     lambda T: T * (6 * E + R + 2 * N) + -(-T // ssm.STEPS) * E * N, 8, bias, conv_bias,
+                     E * (R + 2 * N) + R * E, R * E)
+
+
+def gated_delta_layer(c, dense, H, K_dim, V_dim, K):
+    k, v = H * K_dim, H * V_dim
+    flops = lambda l: (2 * l * l * (3 * k + 2 * v) + 6 * l * k * V_dim       # k kᵀ, T k, q kᵀ, T v, times u; states
+                       + H * 2 * (l ** 3 - l) / 3)                           # erased, made, read; (I + A)⁻¹
+    return with_mlp(c, dense, recurrent(
+        c, (v, 2 * k + v, 2 * H), K, k * V_dim, v, 2 * H + V_dim, lambda T: chunked(flops, T),
+        lambda T: T * (2 * k + 4 * v + 9 * H) + -(-T // ssm.CHUNK) * k * V_dim, 6, conv_bias=False))
+
+
+LAYERS = dict(a=attention_layer, s=mamba2_layer, m=mamba_layer, d=gated_delta_layer)
+
+
+def blocks(c):
+    """→ [(Layer, whether it is routed, how many such blocks)]."""
+    count = Counter((letter, i < c.dense) for i, letter in enumerate(c.layers))
+    return [(LAYERS[letter.lower()](c, dense, **c.mixers.get(letter.lower(), {})), letter.isupper(), n)
+            for (letter, dense), n in count.items()]
+
+
+def taken(c, T):
+    """How many of T tokens a routed block takes."""
+    return math.ceil(c.capacity * T)
+
+
+def decision_weights(c):
+    """Weights of a routed block's router and predictor: (in matrices, in all else)."""
+    wide = mod.predictor_width(c.dim)
+    return (c.dim, 0) if c.routing == "threshold" else (c.dim + c.dim * wide + wide + 1, wide + 1)
 
 
 def cost(c, context):
-    """What a model costs → dict: params, active (that multiply a token; the head with them), flops (forward, a token at
-    that context), cache (values a token), state (values a sequence).
+    """What a model costs → dict: params, active (that multiply a token; the head with them), muon (that Muon updates),
+    flops (forward, a token of a sequence of `context`), score (of them, for a key that a query sees), cache (values a
+    token), state (values a sequence).
     """
-    params = c.vocab * c.dim * (1 if c.tied else 2) + c.dim
-    active, flops, cache, state = c.vocab * c.dim, 2 * c.vocab * c.dim, 0, 0
-    for i, letter in enumerate(c.layers):
-        low, share = letter.lower(), 1 if letter.islower() else c.capacity
-        mixer, vectors = mixer_weights(c, low)
-        mlp, visited, more = mlp_weights(c, low, i)
-        router = 0 if letter.islower() else c.dim                            # Mixture of Depths: a score a token
-        params += mixer + vectors + mlp + more + router
-        active += share * (mixer + visited) + router
-        flops += share * (2 * (mixer + visited) + mixing_flops(c, low, share * context)) + 2 * router
-        if low == "a":
-            cache += share * (c.latent + c.rotated if c.latent else 2 * c.kv_heads * c.head_dim)
-        elif low == "s":
-            state += c.inner * c.state + (c.inner + 2 * c.groups * c.state) * (c.conv - 1)
-        elif low == "m":
-            state += c.inner * (c.state + c.conv - 1)
-    return dict(params=params, active=active, flops=flops, cache=cache, state=state)
+    k = dict(params=c.vocab * c.dim * (1 if c.tied else 2) + c.dim, active=c.vocab * c.dim, muon=0,
+             flops=2 * c.vocab * c.dim, score=0, cache=0, state=0)
+    for layer, routed, n in blocks(c):
+        seen, share = (taken(c, context), c.capacity) if routed else (context, 1)
+        decide, beside = decision_weights(c) if routed else (0, 0)
+        part = seen / context if context else share
+        k["params"] += n * (layer.matrices + layer.other + decide + beside)
+        k["active"] += n * (share * layer.visited + decide)
+        k["muon"] += n * layer.muon
+        k["flops"] += n * (part * (2 * layer.visited + layer.mixing(seen)) + 2 * decide)
+        k["score"] += n * share ** 2 * layer.mixing(1) if layer.cache else 0
+        k["cache"] += n * share * layer.cache
+        k["state"] += n * layer.state
+    return k
 
 
-def weight_bytes(c, dtype, params):
+def weight_bytes(dtype, params):
     """Bytes of the weights in memory; quantized to integers of 4 bits they carry a scale for each 32."""
     return params * (BYTES[dtype] + (GROUP_SCALE if dtype in ("int4", "fp4") else 0))
 
 
-def activation_floats(c):
-    """Numbers that a block `a` keeps a token for its backward pass, on the path of a CPU in float32 (`attention.py`):
-    x, normed x, x after attention, normed again; q, k, v as they came, rotated q and k, the output twice as [H, T, D]
-    and merged; gate and up, silu, their product; and of each norm and softmax a number a row.
+def activation_floats(c, T):
+    """Numbers that each kind of block keeps of a sequence of T for its backward pass, on a CPU in float32 → list. A
+    routed one: x, normed, the predictor's layers and loss; of what it takes the update, plain and weighted.
     """
-    C, H, G, D, F = c.dim, c.heads, c.kv_heads, c.head_dim, c.hidden
-    rows = 2 + (H + G) * c.qk_norm + H
-    return 4 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 4 * F + rows
+    wide, kept = mod.predictor_width(c.dim), []
+    for layer, routed, n in blocks(c):
+        k = taken(c, T)
+        decide = 0 if c.routing == "threshold" else c.dim + 2 * wide + 3
+        kept += n * [layer.kept(k) + T * (c.dim + decide) + k * (2 * c.dim + 1) if routed else layer.kept(T)]
+    return kept
 
 
 def training_memory(c, batch, context, recompute, dtype="bf16"):
-    """Bytes of training → dict: weights and gradients, optimizer (float32 copy, two moments), activations, logits."""
-    k, tokens, size = cost(c, context), batch * context, BYTES[dtype]
-    blocks = len(c.layers)
-    kept = activation_floats(c) if "a" in c.layers.lower() else 16 * c.inner
-    activations = tokens * size * (c.dim * blocks + kept if recompute else kept * blocks)
-    return dict(weights=2 * size * k["params"], optimizer=12 * k["params"], activations=activations,
-                logits=4 * 2 ** 20 * 2)
+    """Bytes of training by train.py → dict: weights and gradients; optimizer (Muon's momentum, AdamW's two moments of
+    what is no hidden matrix, and a float32 copy of weights of fewer bits); activations; logits.
+    """
+    k, size, kept = cost(c, context), BYTES[dtype], activation_floats(c, context)
+    floats = len(kept) * c.dim * context + max(kept) if recompute else sum(kept)
+    return dict(weights=2 * size * k["params"], optimizer=8 * k["params"] - 4 * k["muon"] + 4 * k["params"] * (size < 4),
+                activations=batch * size * floats, logits=4 * 2 ** 20 * 2)
 
 
 def kernels_a_token(c):
-    """Kernels that a decode step launches: norm, qkv, norms and rotary, attention and merge, out, norm, gate and up,
-    SwiGLU, down; a state space has norm, in, convolution, step, gated norm, out.
-    """
-    return sum(10 if letter.lower() == "a" else 6 for letter in c.layers) + 3
+    """Kernels that a decode step launches; a routed block has router, choice, gather and scatter besides."""
+    return sum(n * (layer.kernels + 4 * routed) for layer, routed, n in blocks(c)) + 3
 
 
 def all_reduce(chip, size, devices):
@@ -1263,7 +1324,7 @@ def decode_seconds(c, chip, dtype, batch, context, devices=1):
     """
     k = cost(c, context)
     read = k["active"] if batch == 1 or not c.experts else min(k["params"], k["active"] * batch)
-    quantity = weight_bytes(c, dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
+    quantity = weight_bytes(dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
     multiply = "bf16" if dtype in ("int8", "int4") else dtype                # weights alone are in few bits
     memory = quantity / devices / (chip.bandwidth * 1e12 * MEMORY)
     compute = batch * k["flops"] / devices / rate(chip, multiply)
@@ -1277,7 +1338,7 @@ def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
     head = 2 * c.vocab * c.dim                                               # of the last token alone
     flops = batch * (tokens * (k["flops"] - head) + head)
     multiply = "bf16" if dtype in ("int8", "int4") else dtype
-    memory = weight_bytes(c, dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
+    memory = weight_bytes(dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * tokens * c.dim, devices)
     return max(flops / devices / rate(chip, multiply), memory) + kernels_a_token(c) * LAUNCH + talk
 
@@ -1285,7 +1346,7 @@ def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
 def devices_needed(c, chip, dtype, batch, context):
     """The fewest chips, a power of two, whose memory holds weights and caches."""
     k = cost(c, context)
-    need = weight_bytes(c, dtype, k["params"]) + batch * 2 * (k["cache"] * context + k["state"])
+    need = weight_bytes(dtype, k["params"]) + batch * 2 * (k["cache"] * context + k["state"])
     return 2 ** max(0, math.ceil(math.log2(need / (chip.memory * 1e9 * (1 - RESERVED)))))
 
 
@@ -1293,7 +1354,7 @@ def compute_bound_batch(c, chip, dtype, context):
     """The smallest batch whose decode step takes longer to multiply than to read; None where its caches grow faster."""
     k, multiply = cost(c, context), "bf16" if dtype in ("int8", "int4") else dtype
     bandwidth = chip.bandwidth * 1e12 * MEMORY
-    weights = weight_bytes(c, dtype, k["params"] if c.experts else k["active"]) / bandwidth
+    weights = weight_bytes(dtype, k["params"] if c.experts else k["active"]) / bandwidth
     row = k["flops"] / rate(chip, multiply) - 2 * (k["cache"] * context + 2 * k["state"]) / bandwidth
     return math.ceil(weights / row) if row > 0 else None
 
@@ -1307,7 +1368,7 @@ def model_cost(c, chip, dtype="bf16", batch=1, prompt_tokens=512, context=None, 
     speed = batch / step
     return dict(
         model=c.name, accelerator=chip.name, dtype=dtype, batch=batch, prompt_tokens=prompt_tokens, context=context,
-        params=k["params"], flops_per_token=round(k["flops"]), weight_bytes=round(weight_bytes(c, dtype, k["params"])),
+        params=k["params"], flops_per_token=round(k["flops"]), weight_bytes=round(weight_bytes(dtype, k["params"])),
         cache_bytes_per_token=round(2 * k["cache"]), prefill_seconds=prefill_seconds(c, chip, dtype, batch,
                                                                                      prompt_tokens, n),
         decode_seconds_per_token=step, tokens_per_second=speed,
@@ -1353,12 +1414,13 @@ def show_model(c, chips, args):
         return
     context = rows[0]["context"]
     k = cost(c, context)
-    kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
+    size = training_memory(c, 1, context, False)
+    kept, small = (x["activations"] / context for x in (size, training_memory(c, 1, context, True)))
     print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token\nforward "
           f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
           f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
           f"{figure(2 * k['state'])}B a sequence\n"
-          f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
+          f"training, bf16: weights and gradients {figure(size['weights'])}B, optimizer {figure(size['optimizer'])}B, "
           f"activations\n{figure(kept)}B a token, {figure(small)}B recomputed\n")
     table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from", "train Mtok/day"],
           [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
@@ -1395,8 +1457,8 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 
     requests: (arrival seconds, prompt tokens, new tokens), in order of arrival. ValueError where one can never fit.
     """
-    k = cost(c, 1)
-    free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(c, dtype, k["params"])
+    k = cost(c, 0)
+    free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(dtype, k["params"])
     total = int(free // max(2 * k["cache"] * block_size, 1))
     longest = max(-(-(prompt + new) // block_size) for _, prompt, new in requests)
     if total < longest:
@@ -1434,15 +1496,14 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 
 
 def pass_seconds(c, k, chip, dtype, segments, devices):
-    """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 1."""
+    """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 0."""
     tokens = sum(stop - start for _, start, stop in segments)
     seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)  # keys of all queries
     held = sum(stop for _, _, stop in segments)
     head = 2 * c.vocab * c.dim
-    scores = mixing_flops(c, "a", 1) * c.layers.lower().count("a")           # a key that a query sees, in all layers
-    flops = tokens * (k["flops"] - head - scores) + len(segments) * head + seen * scores
+    flops = tokens * (k["flops"] - head) + len(segments) * head + seen * k["score"]
     read = min(k["params"], k["active"] * tokens) if c.experts else k["params"]
-    quantity = weight_bytes(c, dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
+    quantity = weight_bytes(dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
     multiply = "bf16" if dtype in ("int8", "int4") else dtype
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * tokens * c.dim, devices)
     return (max(flops / devices / rate(chip, multiply), quantity / devices / (chip.bandwidth * 1e12 * MEMORY))
