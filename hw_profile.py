@@ -26,6 +26,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import statistics
@@ -626,15 +627,62 @@ def ops(s):
         q = torch.randn(s.B, s.H, s.D, device=device)
         return lambda: flash.flash_decode(q, *pages, table, lengths)
 
-    def block(device):
-        m, x = small_model(s, device).blocks[0], t(device, s.B, s.T, s.C)
+    def block(letter, device):
+        m, x = train.Model(small_config(s, letter)).initialize(0).to(device).blocks[0], t(device, s.B, s.T, s.C)
         at = torch.arange(s.T, device=device)
-        return back(lambda: m(x, at), x, *m.parameters())
+        return back(lambda: m(x, at), x, *(w for name, w in m.named_parameters() if not name.startswith("predictor")))
+
+    def conv(device):
+        x, w, bias = t(device, s.B, s.T, E), t(device, E, 4), t(device, E)
+        return back(lambda: ssm.causal_conv1d(x, w, bias)[0], x, w, bias)
+
+    def faded(device, *shape):
+        return -torch.rand(shape, device=device).requires_grad_()
+
+    def recurrent(op, step, make):
+        """An op of ssm.py forward and backward, and its one-token form; make(device, *leading sizes, state or not)."""
+        def whole(device):
+            tensors = make(device, (s.B, s.T))
+            return back(lambda: op(*tensors)[0], *tensors)
+
+        def one(device):
+            *tensors, state = (x.detach() for x in make(device, (s.B,), True))
+            return lambda: step(*tensors, state=state)
+        return whole, one
+
+    def scan_tensors(device, at, state=False):
+        dt = torch.rand(*at, E, device=device).requires_grad_()
+        return [t(device, *at, E), dt, faded(device, E, 16), t(device, *at, 16), t(device, *at, 16),
+                *([t(device, s.B, E, 16)] if state else [])]
+
+    def ssd_tensors(device, at, state=False):
+        dt = torch.rand(*at, H, device=device).requires_grad_()
+        return [t(device, *at, H, P), dt, faded(device, H), t(device, *at, 1, S), t(device, *at, 1, S),
+                *([t(device, s.B, H, P, S)] if state else [])]
+
+    def delta_tensors(device, at, state=False):
+        q, k = (torch.nn.functional.normalize(torch.randn(*at, s.H, s.D, device=device), dim=-1).requires_grad_()
+                for _ in range(2))
+        beta = torch.rand(*at, s.H, device=device).requires_grad_()
+        return [q, k, t(device, *at, s.H, s.D), faded(device, *at, s.H), beta,
+                *([t(device, s.B, s.H, s.D, s.D)] if state else [])]
+
+    def rows(device):
+        x, weight = t(device, N, s.C), t(device, M)
+        at = torch.arange(M, device=device) * (N // M)
+        return back(lambda: mod.scatter_add_rows(x, at, mod.gather_rows(x, at), weight), x, weight)
 
     shape = small_shape(s)
     k, scores = cost(shape, s.T), 2 * s.B * s.H * s.T * s.T * s.D            # causal: half of 4
     pairs, weights = 2 * q + 2 * kv, k["params"]
-    one = (k["flops"] - 2 * s.V * s.C) / len(shape.layers)
+    one, routed = ((cost(c, s.T)["flops"] - 2 * s.V * s.C) / len(c.layers)
+                   for c in (shape, config_shape(small_config(s, "A").raw)))
+    block_weights = (weights - 2 * s.V * s.C) / len(shape.layers)
+    E, (H, P, S) = 2 * s.C, operator.itemgetter("num_heads", "head_dim", "state_size")(train.mamba2_sizes(s.C))
+    M, held = N // 8, dict(scan=E * 16, ssd=E * S, delta=s.H * s.D * s.D)    # rows taken, and numbers of a state
+    scan, scan_step = recurrent(ssm.selective_scan, ssm.selective_scan_step, scan_tensors)
+    ssd, ssd_step = recurrent(ssm.ssd, ssm.ssd_step, ssd_tensors)
+    delta, delta_step = recurrent(ssm.gated_delta, ssm.gated_delta_step, delta_tensors)
     return [
         Op("rms_norm", True, 12 * N * s.C, 4 * 5 * N * s.C, rms),
         Op("rms_norm + residual", True, 14 * N * s.C, 4 * 8 * N * s.C, rms_residual),
@@ -649,7 +697,19 @@ def ops(s):
         Op("flash_attention window", True, 3.5 * 4 * s.B * s.H * s.T * s.W * s.D, 4 * 3 * pairs,
            attend(flash.flash_attention, window=s.W)),
         Op("flash_decode", False, 4 * s.B * s.H * s.T * s.D, 4 * 2 * kv, decode),
-        Op("block", True, 3 * N * one, 4 * (3 * weights / len(shape.layers) + 30 * N * s.C), block),
+        Op("causal_conv1d", True, (6 * 4 + 12) * N * E, 4 * 5 * N * E, conv),
+        # The recurrences: FLOPs a number of the state and a step, as they are written, and twice as many backwards.
+        Op("selective_scan", True, 3 * 9 * N * held["scan"], 4 * N * (8 * E + 6 * 16), scan),
+        Op("ssd", True, 3 * 5 * N * held["ssd"], 4 * N * (5 * E + 6 * S + 3 * H), ssd),
+        Op("gated_delta", True, 3 * 7 * N * held["delta"], 4 * (9 * q + 6 * N * s.H + 2 * q), delta),
+        Op("selective_scan_step", False, 9 * s.B * held["scan"], 4 * s.B * (2 * held["scan"] + 3 * E), scan_step),
+        Op("ssd_step", False, 5 * s.B * held["ssd"], 4 * s.B * (2 * held["ssd"] + 2 * E + 2 * S), ssd_step),
+        Op("gated_delta_step", False, 7 * s.B * held["delta"], 4 * s.B * (2 * held["delta"] + 4 * s.H * s.D),
+           delta_step),
+        Op("gather, scatter_add rows", True, 6 * M * s.C, 4 * (4 * N + 5 * M) * s.C, rows),
+        Op("block", True, 3 * N * one, 4 * (3 * block_weights + 30 * N * s.C), functools.partial(block, "a")),
+        Op("routed block", True, 3 * N * routed, 4 * (3 * block_weights + (30 * M + 5 * N) * s.C),
+           functools.partial(block, "A")),
         Op("train step", True, 3 * N * k["flops"], 4 * (9 * weights + 30 * N * s.C * len(shape.layers)),
            functools.partial(train_step, s)),
         Op("decode step", False, s.B * k["flops"], 4 * (weights + s.B * s.T * k["cache"]),
@@ -661,8 +721,8 @@ Sizes = namedtuple("Sizes", "B T H G D C F V W layers")
 SMALL, LARGE = Sizes(4, 256, 4, 2, 64, 256, 704, 4096, 64, 3), Sizes(8, 2048, 16, 8, 128, 2048, 6144, 32768, 512, 4)
 
 
-def small_config(s):
-    raw = train.qwen3_config("a" * s.layers, s.C, s.H, s.G, s.V, s.T, [0])
+def small_config(s, layers=None):
+    raw = train.our_config(layers or "a" * s.layers, s.C, s.H, s.G, s.V, s.T, [0])
     return train.parse_config(raw | dict(intermediate_size=s.F, head_dim=s.D))
 
 
