@@ -348,11 +348,11 @@ class Passes(TorchDispatchMode):
 
 
 Pass = namedtuple("Pass", "kind flops bytes numbers rows shape moved", defaults=(None,))
-SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "softmax",
-        "_log_softmax": "log_softmax",
-        "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", 
-        "cos": "cos", "sin": "cos", "pow": "pow",
-        "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
+SLOW = {"exp": "exp", "exp_": "exp", "log": "exp", "log2": "exp", "exp2": "exp2", "exp2_": "exp2",
+        "_softmax": "softmax", "_log_softmax": "log_softmax", "silu": "silu", "sigmoid": "silu",
+        "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", "softplus": "silu", "cos": "cos", "sin": "cos",
+        "pow": "pow", "linalg_vector_norm": "norm", "masked_fill": "masked", "masked_fill_": "masked",
+        "cumsum": "cumsum", "convolution": "conv", "convolution_backward": "conv back"}
 
 
 def passes_of(call, args, kwargs, out):
@@ -377,6 +377,9 @@ def passes_of(call, args, kwargs, out):
         batch = a.shape[0] if a.ndim == 3 else 1
         shape = (a.shape[-2], b.shape[-1], a.shape[-1], batch)
         return [Pass("matmul", 2 * math.prod(shape), bytes, 0, 0, shape)]
+    if name in ("mv", "addmv", "addmv_"):
+        shape = (*into[-2].shape, 1, 1)
+        return [Pass("matmul", 2 * math.prod(shape), bytes, 0, 0, shape)]
     if name == "_linear_pointwise":                                          # weights packed for few rows (infer.py)
         K, N = into[0].shape[-1], outs[0].shape[-1]
         shape = (outs[0].numel() // N, N, K, 1)
@@ -385,24 +388,37 @@ def passes_of(call, args, kwargs, out):
         return [attention_pass(name, args, kwargs, into, bytes)]
     if name in ("embedding", "index", "index_select", "gather"):
         bytes, rows = 2 * sum(map(size, outs)), numbers // max(outs[0].shape[-1], 1)
-        return [Pass("pass", 0, bytes, numbers, rows, None)]
+        return [Pass("index" if name == "index" else "pass", 0, bytes, numbers, rows, None)]
     if name in ("fill_", "zero_", "zeros", "zeros_like", "ones", "ones_like", "full", "arange", "scalar_tensor"):
         return [Pass("pass", 0, sum(map(size, outs)), numbers, 0, None)]
     most = max([*into, *outs], key=lambda x: x.numel())
-    rows = sum(x.numel() // run(x) for x in [max(into, key=lambda x: x.numel() // run(x))]) if into and any(
-        run(x) < x.numel() for x in into) else 0
-    return [Pass(SLOW.get(name, "pass"), most.numel(), bytes, most.numel(), rows, None)]
+    rows, even = loops(into, outs[0])
+    types = {x.dtype for x in into if x.shape == outs[0].shape}
+    kind = SLOW.get(name) or ("transposed" if not even else "mixed" if len(types) > 1 else "pass")
+    return [Pass(kind, most.numel(), bytes, most.numel(), rows if name not in SLOW else 0, None)]
 
 
-def run(x):
-    """How many numbers of a tensor lie one after the other before there is a jump."""
-    count = 1
-    for n, step in sorted(zip(x.shape, x.stride()), key=lambda pair: pair[1]):
-        if n > 1:
-            if step != count:
-                break
-            count *= n
-    return count
+def loops(into, out):
+    """How an elementwise kernel goes through its operands: how many loops it begins, each over numbers that follow each
+    other evenly in all of them, and whether in such a loop they are neighbours (or one, repeated). A sum over the last
+    axis begins a loop for each number of its result.
+    """
+    if not out.numel() or any(x.ndim > out.ndim or any(n not in (1, m) for n, m in zip(x.shape[::-1], out.shape[::-1]))
+                              for x in into):                                # no broadcast: a sum, a concatenation
+        most = max([*into, out], key=lambda x: x.numel())
+        sums = most.ndim and most.numel() > out.numel() and most.shape[-1:] != out.shape[-1:]
+        return (out.numel() if sums else 0), most.numel() < 4096 or most.stride(-1) == 1
+    every = [x.expand(out.shape) for x in [*into, out]]
+    axes = sorted((d for d, n in enumerate(out.shape) if n > 1), key=out.stride)
+    if not axes:
+        return 0, True
+    length = out.shape[axes[0]]
+    for d in axes[1:]:
+        if any(x.stride(d) != x.stride(axes[0]) * length for x in every):
+            break
+        length *= out.shape[d]
+    count = out.numel() // length
+    return count if count > 1 else 0, all(x.stride(axes[0]) < 2 for x in every)
 
 
 def attention_pass(name, args, kwargs, into, bytes):
@@ -414,7 +430,7 @@ def attention_pass(name, args, kwargs, into, bytes):
     block = 256 if T >= 768 else 64 if T >= 192 else 32
     seen = sum((min(i + block, T) - i) * (min(-(-(i + block) // 512) * 512, S) if causal else S)
                for i in range(0, T, block))
-    return Pass("attention back" if back else "attention", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
+    return Pass("attention back" if back else "attention" if T > 8 else "attention few", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
                 0, (min(block, T), min(512, S), D, B * H))
 
 
@@ -427,6 +443,8 @@ class Bench:
     bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
     reading: list                                                            # of a sum
     products: dict                                                           # (least, size) → FLOP/s, float32
+    batched: dict                                                            # the same of many small ones at once
+    weights: list                                                            # as `bandwidth`, of products of 4 rows
     attention: dict                                                          # kind → (head size, FLOP/s) of torch's own
     slow: dict                                                               # kind → seconds a number
     row: float
@@ -434,31 +452,32 @@ class Bench:
     call_train: float                                                        # forward and backward pass
     link: float = None
 
-    def bytes_per_second(self, working_set):
+    def bytes_per_second(self, working_set, curve=None):
         """Interpolated in the logarithm of the working set."""
-        x, y = zip(*self.bandwidth)
+        x, y = zip(*(curve or self.bandwidth))
         return float(np.exp(np.interp(math.log(max(working_set, 1)), np.log(x), np.log(y))))
 
-    def product_rate(self, m, n, k):
-        """Interpolated in the logarithms of the least size and of the mean of the others."""
-        least, *others = sorted((m, n, k))
-        size = math.sqrt(others[0] * others[1])
-        xs, ys = (sorted({key[i] for key in self.products}) for i in (0, 1))
-        by_size = [np.interp(math.log(size), np.log(ys), [math.log(self.products[x, y]) for y in ys]) for x in xs]
+    def product_rate(self, m, n, k, batch=1):
+        """Interpolated in the logarithms of the least size and of the mean of the others; of many, of the next size."""
+        least, next, most = sorted((m, n, k))
+        size, rates = (math.sqrt(next * most), self.products) if batch == 1 else (next, self.batched)
+        xs, ys = (sorted({key[i] for key in rates}) for i in (0, 1))
+        by_size = [np.interp(math.log(size), np.log(ys), [math.log(rates[x, y]) for y in ys]) for x in xs]
         return float(np.exp(np.interp(math.log(least), np.log(xs), by_size)))
 
     def seconds(self, p, all=0):
         """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers. What a
         call had not touched before was touched when it ran last: `all` its bytes ago.
         """
-        memory = p.bytes / self.bytes_per_second(p.bytes)
+        curve = self.weights if p.kind == "matmul" and p.shape[0] <= 8 and p.shape[3] == 1 else self.bandwidth
+        memory = p.bytes / self.bytes_per_second(p.bytes, curve)
         if p.moved:
             share = p.bytes / max(sum(size for size, _ in p.moved), 1)       # written where it was read: twice
-            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes)) for size, ago in p.moved)
+            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes), curve) for size, ago in p.moved)
         if p.kind == "view":
             return 0.0
         if p.kind == "matmul":
-            return max(memory, p.flops / self.product_rate(*p.shape[:3]))
+            return max(memory, p.flops / self.product_rate(*p.shape))
         if p.kind in self.attention:
             sizes, rates = zip(*self.attention[p.kind])
             return max(memory, p.flops / min(float(np.interp(p.shape[2], sizes, rates)),
@@ -534,7 +553,19 @@ def bench(device, bar):
             spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)             # as they lie in a
                                     for x, y in ((a, b), (a, b.T), (a_t, b)))                        # forward and a
             products[least, size] = 2 * least * size * size / spent                                  # backward pass
-    attention = {"attention": [], "attention back": []}
+    batched = {}
+    for least in (1, 16, 64, 256):
+        for size in (16, 64, 256):
+            a, b = torch.randn(16, least, size, device=kind), torch.randn(16, size, size, device=kind)
+            spent = statistics.mean(seconds(lambda: torch.bmm(x, y), kind, 0.01)
+                                    for x, y in ((a, b), (a, b.mT), (b, a.mT)))
+            batched[least, size] = 16 * 2 * least * size * size / spent
+    weights, x = [], torch.randn(4, 256, device=kind)
+    for count in (1, 4, 16, 64):                                             # 1 MB each, read in turn
+        many = torch.randn(count, 1024, 256, device=kind).unbind()
+        spent = seconds(lambda: [torch.nn.functional.linear(x, w) for w in many], kind)
+        weights.append((2 ** 20 * count, 2 ** 20 * count / spent))
+    attention = {"attention": [], "attention back": [], "attention few": []}
     for D in (32, 128):                                                      # a primitive as `mm` is, at its own sizes
         q = torch.randn(1, 2, 384, D, device=kind, requires_grad=True)
         work = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -542,20 +573,31 @@ def bench(device, bar):
         forward, back = seconds(work, kind), seconds(lambda: torch.autograd.grad(y, q, y, retain_graph=True), kind)
         attention["attention"].append((D, 2 * 384 * 384 * D * 4 / forward))
         attention["attention back"].append((D, 2 * 384 * 384 * D * 10 / back))
+        few, keys = torch.randn(4, 2, 2, D, device=kind), torch.randn(4, 2, 256, D, device=kind)
+        spent = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(few, keys, keys), kind)
+        attention["attention few"].append((D, 8 * 2 * 256 * D * 4 / spent))
     step("slow functions, rows, calls")
     x, y = torch.rand(128, 256, device=kind), torch.empty(128, 256, device=kind)
     z = x.double() if kind != "mps" else x
     each = lambda work: seconds(work, kind) / x.numel()
-    slow = dict(exp=each(lambda: torch.exp(x, out=y)), silu=each(lambda: torch.nn.functional.silu(x)),
-                log_softmax=each(lambda: torch.log_softmax(x, -1)),
+    some, at = x > 0.5, torch.arange(128, device=kind)
+    line, w = torch.rand(1, 128, 256, device=kind, requires_grad=True), torch.rand(128, 1, 4, device=kind)
+    conv = lambda: torch.nn.functional.conv1d(line, w.requires_grad_(), groups=128)
+    made = conv()
+    slow = dict(exp=each(lambda: torch.exp(x, out=y)), exp2=each(lambda: torch.exp2(x, out=y)),
+                silu=each(lambda: torch.nn.functional.silu(x)), log_softmax=each(lambda: torch.log_softmax(x, -1)),
                 softmax=each(lambda: torch.softmax(x, -1)), cos=each(lambda: torch.cos(z)),
-                pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)))
+                pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)),
+                masked=each(lambda: y.masked_fill_(some, 0.0)), index=each(lambda: x[at]),
+                cumsum=each(lambda: x.cumsum(0)), conv=each(conv), mixed=each(lambda: some * x),
+                transposed=each(lambda: y.copy_(x.view(256, 128).T)),
+                **{"conv back": each(lambda: torch.autograd.grad(made, (line, w), made, retain_graph=True))})
     wide, flat = torch.rand(1024, 64, device=kind)[:, :32], torch.rand(1024, 32, device=kind)
     out = torch.empty(1024, 32, device=kind)
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, attention, slow, row, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, batched, weights, attention, slow, row, call, call_train, link_rate())
 
 
 def link_rate():
@@ -606,7 +648,7 @@ def ops(s):
         return back(lambda: A.swiglu(a, b), a, b)
 
     def loss(device):
-        x, w = t(device, N, s.C), t(device, s.V, s.C)
+        x, w = t(device, N, s.C), (torch.randn(s.V, s.C, device=device) / s.C ** 0.5).requires_grad_()
         goal = torch.zeros(N, dtype=torch.long, device=device)
         return back(lambda: A.linear_cross_entropy(x, w, goal), x, w)
 
