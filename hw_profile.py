@@ -950,13 +950,19 @@ def launches_flash(F, t):
 
 def launches_ssm(S, t):
     f = lambda *shape: torch.zeros(shape, requires_grad=True)
+    less = lambda *shape: (-torch.ones(shape)).requires_grad_()              # the scan looks: A < 0
     yield dict(K=4), lambda: S.causal_conv1d(t(1, 256, 2048), t(2048, 4), t(2048))[0].sum().backward()
-    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), f(2048, 16), t(1, 256, 16),
+    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), less(2048, 16), t(1, 256, 16),
                                                t(1, 256, 16), f(2048))[0].sum().backward()
     yield dict(P=64, N=128), lambda: S.ssd(t(1, 256, 8, 64), f(1, 256, 8), f(8), t(1, 256, 1, 128), t(1, 256, 1, 128),
                                            f(8))[0].sum().backward()
     yield dict(K=128, V=128), lambda: S.gated_delta(t(1, 256, 4, 128), t(1, 256, 4, 128), t(1, 256, 4, 128),
                                                     f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
+    now = lambda step, *tensors: step(*(x.detach() for x in tensors))
+    yield dict(P=64, N=128), lambda: now(S.ssd_step, t(2, 8, 64), f(2, 8), f(8), t(2, 1, 128), t(2, 1, 128), f(8),
+                                         f(2, 8, 64, 128))
+    yield dict(K=128, V=128), lambda: now(S.gated_delta_step, t(2, 4, 128), t(2, 4, 128), t(2, 4, 128), f(2, 4),
+                                          f(2, 4), f(2, 4, 128, 128))
 
 
 def launches_mod(M, t):

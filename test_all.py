@@ -5277,6 +5277,15 @@ def test_hw_measures_and_draws(tmp_path, monkeypatch):
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("file", ["ssm", "mod"])
+def test_hw_kernels_are_called_with_what_their_ops_accept(file):
+    """Or the table of binaries would leave them out."""
+    tensor = lambda *shape: torch.zeros(shape, requires_grad=True)
+    for config, launch in Hw.LAUNCHES[file](dict(ssm=Sm, mod=M)[file], tensor):
+        assert config
+        launch()
+
+
 def test_hw_kernels_where_there_is_no_triton(monkeypatch):
     monkeypatch.setattr(A, "triton", None)
     code, _, err = run(Hw, "--kernels")
