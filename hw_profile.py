@@ -443,7 +443,8 @@ class Bench:
     bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
     reading: list                                                            # of a sum
     products: dict                                                           # (least, size) → FLOP/s, float32
-    batched: dict                                                            # the same of many small ones at once
+    batched: dict                                                            # the same of many small ones at once,
+    columns: dict                                                            # and of those with few columns
     weights: list                                                            # as `bandwidth`, of products of 4 rows
     attention: dict                                                          # kind → (head size, FLOP/s) of torch's own
     slow: dict                                                               # kind → seconds a number
@@ -460,7 +461,8 @@ class Bench:
     def product_rate(self, m, n, k, batch=1):
         """Interpolated in the logarithms of the least size and of the mean of the others; of many, of the next size."""
         least, next, most = sorted((m, n, k))
-        size, rates = (math.sqrt(next * most), self.products) if batch == 1 else (next, self.batched)
+        size = math.sqrt(next * most) if batch == 1 else next
+        rates = self.products if batch == 1 else self.columns if n < m else self.batched
         xs, ys = (sorted({key[i] for key in rates}) for i in (0, 1))
         by_size = [np.interp(math.log(size), np.log(ys), [math.log(rates[x, y]) for y in ys]) for x in xs]
         return float(np.exp(np.interp(math.log(least), np.log(xs), by_size)))
@@ -469,7 +471,8 @@ class Bench:
         """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers. What a
         call had not touched before was touched when it ran last: `all` its bytes ago.
         """
-        curve = self.weights if p.kind == "matmul" and p.shape[0] <= 8 and p.shape[3] == 1 else self.bandwidth
+        few = p.kind == "attention few" or p.kind == "matmul" and p.shape[0] <= 8 and p.shape[3] == 1
+        curve = self.weights if few else self.bandwidth
         memory = p.bytes / self.bytes_per_second(p.bytes, curve)
         if p.moved:
             share = p.bytes / max(sum(size for size, _ in p.moved), 1)       # written where it was read: twice
@@ -553,13 +556,14 @@ def bench(device, bar):
             spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)             # as they lie in a
                                     for x, y in ((a, b), (a, b.T), (a_t, b)))                        # forward and a
             products[least, size] = 2 * least * size * size / spent                                  # backward pass
-    batched = {}
+    batched, columns = {}, {}
     for least in (1, 16, 64, 256):
         for size in (16, 64, 256):
-            a, b = torch.randn(16, least, size, device=kind), torch.randn(16, size, size, device=kind)
-            spent = statistics.mean(seconds(lambda: torch.bmm(x, y), kind, 0.01)
-                                    for x, y in ((a, b), (a, b.mT), (b, a.mT)))
-            batched[least, size] = 16 * 2 * least * size * size / spent
+            many = min(256, 2 ** 18 // size ** 2)                            # 1 MB
+            a, b = torch.randn(many, least, size, device=kind), torch.randn(many, size, size, device=kind)
+            rate = lambda x, y: 2 * many * least * size * size / seconds(lambda: torch.bmm(x, y), kind, 0.01)
+            batched[least, size] = statistics.harmonic_mean([rate(a, b), rate(a, b.mT)])
+            columns[least, size] = rate(b, torch.randn(many, size, least, device=kind))
     weights, x = [], torch.randn(4, 256, device=kind)
     for count in (1, 4, 16, 64):                                             # 1 MB each, read in turn
         many = torch.randn(count, 1024, 256, device=kind).unbind()
@@ -597,7 +601,7 @@ def bench(device, bar):
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, batched, weights, attention, slow, row, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, batched, columns, weights, attention, slow, row, call, call_train, link_rate())
 
 
 def link_rate():
