@@ -430,8 +430,9 @@ def attention_pass(name, args, kwargs, into, bytes):
     block = 256 if T >= 768 else 64 if T >= 192 else 32
     seen = sum((min(i + block, T) - i) * (min(-(-(i + block) // 512) * 512, S) if causal else S)
                for i in range(0, T, block))
-    return Pass("attention back" if back else "attention" if T > 8 else "attention few", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
-                0, (min(block, T), min(512, S), D, B * H))
+    kind = "attention back" if back else "attention" if T > 8 else "attention few"
+    return Pass(kind, B * H * seen * D * (10 if back else 4), bytes, B * H * seen, 0,
+                (min(block, T), min(512, S), D, B * H))
 
 
 @dataclass
@@ -601,7 +602,8 @@ def bench(device, bar):
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, batched, columns, weights, attention, slow, row, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, batched, columns, weights, attention, slow, row, call, call_train,
+                 link_rate())
 
 
 def link_rate():
@@ -913,8 +915,8 @@ def draw_roofline(b, results, path):
     cache = max(y for _, y in b.bandwidth)
     axes.loglog(x, np.minimum(best, x * cache), "--", color="gray", lw=1, label=f"cache {figure(cache)}B/s")
     for i, r in enumerate(results):
-        axes.plot(r["intensity"], r["flops_per_second"], "o" if r["trained"] else "s", color=plt.cm.tab20(i), ms=8,
-                  mec="black", mew=0.5, label=r["op"] + (", trained" if r["trained"] else ""))
+        axes.plot(r["intensity"], r["flops_per_second"], ("so" if i < 20 else "D^")[r["trained"]], ms=8, mec="black",
+                  mew=0.5, color=plt.cm.tab20(i % 20), label=r["op"] + (", trained" if r["trained"] else ""))
     axes.set(xlabel="FLOPs a byte (the least bytes there are)", ylabel="FLOP/s", title=f"Roofline of this machine "
              f"({b.machine.device})", ylim=(min(r["flops_per_second"] for r in results) / 3, 3 * best))
     axes.grid(True, which="major", alpha=0.3)
@@ -1280,8 +1282,8 @@ def mlp_layer(c, dense):
     kept = lambda T: T * (2 * C + 1 + 4 * F)                                 # x, normed; gate, up, silu, their product
     if c.experts and not dense:
         one, router = 3 * C * c.expert_hidden, c.experts * C
-        all = (c.experts + c.shared) * one + router
-        return Layer(all, (c.active + c.shared) * one + router, all, C, None, kept, 0, 0, 4)
+        stored = (c.experts + c.shared) * one + router
+        return Layer(stored, (c.active + c.shared) * one + router, stored, C, None, kept, 0, 0, 4)
     return Layer(3 * C * F, 3 * C * F, 3 * C * F, C + (2 * F + C) * c.mlp_bias, None, kept, 0, 0, 4)
 
 
@@ -1413,8 +1415,9 @@ def training_memory(c, batch, context, recompute, dtype="bf16"):
     """
     k, size, kept = cost(c, context), BYTES[dtype], activation_floats(c, context)
     floats = len(kept) * c.dim * context + max(kept) if recompute else sum(kept)
-    return dict(weights=2 * size * k["params"], optimizer=8 * k["params"] - 4 * k["muon"] + 4 * k["params"] * (size < 4),
-                activations=batch * size * floats, logits=4 * 2 ** 20 * 2)
+    optimizer = (8 + 4 * (size < 4)) * k["params"] - 4 * k["muon"]
+    return dict(weights=2 * size * k["params"], optimizer=optimizer, activations=batch * size * floats,
+                logits=4 * 2 ** 20 * 2)
 
 
 def kernels_a_token(c):

@@ -5072,8 +5072,8 @@ def test_hw_every_letter_costs_what_its_layer_is(letters, routing):
 @pytest.mark.parametrize("letters", ["s", "m", "d", "sdam", "aAdD", "SaMD"])
 @pytest.mark.parametrize("T", [2, 50, 150])
 def test_hw_flops_of_every_letter_are_what_torch_counts(letters, T):
-    """Of a forward pass as in training. A scan has no product but y = h C; in pieces of 32 it makes that twice. To torch
-    a chunk of one token is no product, and a product added in place is none to its counter: it is told of it.
+    """Of a forward pass as in training. A scan has no product but y = h C; in pieces of 32 it makes that twice. To
+    torch a chunk of one token is no product, and a product added in place is none to its counter: it is told of it.
     """
     model, shape = hw_stack(letters)
     sums = {torch.ops.aten.baddbmm_: lambda y, a, b, **_: 2 * math.prod(a) * b[2]}
