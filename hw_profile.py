@@ -754,7 +754,7 @@ def ops(s):
         Op("ssd_step", False, 5 * s.B * held["ssd"], 4 * s.B * (2 * held["ssd"] + 2 * E + 2 * S), ssd_step),
         Op("gated_delta_step", False, 7 * s.B * held["delta"], 4 * s.B * (2 * held["delta"] + 4 * s.H * s.D),
            delta_step),
-        Op("gather, scatter_add rows", True, 6 * M * s.C, 4 * (4 * N + 5 * M) * s.C, rows),
+        Op("gather, scatter rows", True, 6 * M * s.C, 4 * (4 * N + 5 * M) * s.C, rows),
         Op("block", True, 3 * N * one, 4 * (3 * block_weights + 30 * N * s.C), functools.partial(block, "a")),
         Op("routed block", True, 3 * N * routed, 4 * (3 * block_weights + (30 * M + 5 * N) * s.C),
            functools.partial(block, "A")),
