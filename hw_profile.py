@@ -26,6 +26,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import statistics
@@ -33,8 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
-from dataclasses import dataclass, replace
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ from tqdm import tqdm
 import attention as A
 import flash
 import infer
+import mod
+import ssm
 import train
 from train import Parser, UserError, positive
 
@@ -345,11 +348,11 @@ class Passes(TorchDispatchMode):
 
 
 Pass = namedtuple("Pass", "kind flops bytes numbers rows shape moved", defaults=(None,))
-SLOW = {"exp": "exp", "exp2": "exp", "exp_": "exp", "exp2_": "exp", "_softmax": "softmax",
-        "_log_softmax": "log_softmax",
-        "silu": "silu", "sigmoid": "silu", "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", 
-        "cos": "cos", "sin": "cos", "pow": "pow",
-        "linalg_vector_norm": "norm", "softplus": "silu", "log": "exp", "log2": "exp"}
+SLOW = {"exp": "exp", "exp_": "exp", "log": "exp", "log2": "exp", "exp2": "exp2", "exp2_": "exp2",
+        "_softmax": "softmax", "_log_softmax": "log_softmax", "silu": "silu", "sigmoid": "silu",
+        "silu_backward": "silu", "tanh": "silu", "tanh_": "silu", "softplus": "silu", "cos": "cos", "sin": "cos",
+        "pow": "pow", "linalg_vector_norm": "norm", "masked_fill": "masked", "masked_fill_": "masked",
+        "cumsum": "cumsum", "convolution": "conv", "convolution_backward": "conv back"}
 
 
 def passes_of(call, args, kwargs, out):
@@ -374,6 +377,9 @@ def passes_of(call, args, kwargs, out):
         batch = a.shape[0] if a.ndim == 3 else 1
         shape = (a.shape[-2], b.shape[-1], a.shape[-1], batch)
         return [Pass("matmul", 2 * math.prod(shape), bytes, 0, 0, shape)]
+    if name in ("mv", "addmv", "addmv_"):
+        shape = (*into[-2].shape, 1, 1)
+        return [Pass("matmul", 2 * math.prod(shape), bytes, 0, 0, shape)]
     if name == "_linear_pointwise":                                          # weights packed for few rows (infer.py)
         K, N = into[0].shape[-1], outs[0].shape[-1]
         shape = (outs[0].numel() // N, N, K, 1)
@@ -382,24 +388,37 @@ def passes_of(call, args, kwargs, out):
         return [attention_pass(name, args, kwargs, into, bytes)]
     if name in ("embedding", "index", "index_select", "gather"):
         bytes, rows = 2 * sum(map(size, outs)), numbers // max(outs[0].shape[-1], 1)
-        return [Pass("pass", 0, bytes, numbers, rows, None)]
+        return [Pass("index" if name == "index" else "pass", 0, bytes, numbers, rows, None)]
     if name in ("fill_", "zero_", "zeros", "zeros_like", "ones", "ones_like", "full", "arange", "scalar_tensor"):
         return [Pass("pass", 0, sum(map(size, outs)), numbers, 0, None)]
     most = max([*into, *outs], key=lambda x: x.numel())
-    rows = sum(x.numel() // run(x) for x in [max(into, key=lambda x: x.numel() // run(x))]) if into and any(
-        run(x) < x.numel() for x in into) else 0
-    return [Pass(SLOW.get(name, "pass"), most.numel(), bytes, most.numel(), rows, None)]
+    rows, even = loops(into, outs[0])
+    types = {x.dtype for x in into if x.shape == outs[0].shape}
+    kind = SLOW.get(name) or ("transposed" if not even else "mixed" if len(types) > 1 else "pass")
+    return [Pass(kind, most.numel(), bytes, most.numel(), rows if name not in SLOW else 0, None)]
 
 
-def run(x):
-    """How many numbers of a tensor lie one after the other before there is a jump."""
-    count = 1
-    for n, step in sorted(zip(x.shape, x.stride()), key=lambda pair: pair[1]):
-        if n > 1:
-            if step != count:
-                break
-            count *= n
-    return count
+def loops(into, out):
+    """How an elementwise kernel goes through its operands: how many loops it begins, each over numbers that follow each
+    other evenly in all of them, and whether in such a loop they are neighbours (or one, repeated). A sum over the last
+    axis begins a loop for each number of its result.
+    """
+    if not out.numel() or any(x.ndim > out.ndim or any(n not in (1, m) for n, m in zip(x.shape[::-1], out.shape[::-1]))
+                              for x in into):                                # no broadcast: a sum, a concatenation
+        most = max([*into, out], key=lambda x: x.numel())
+        sums = most.ndim and most.numel() > out.numel() and most.shape[-1:] != out.shape[-1:]
+        return (out.numel() if sums else 0), most.numel() < 4096 or most.stride(-1) == 1
+    every = [x.expand(out.shape) for x in [*into, out]]
+    axes = sorted((d for d, n in enumerate(out.shape) if n > 1), key=out.stride)
+    if not axes:
+        return 0, True
+    length = out.shape[axes[0]]
+    for d in axes[1:]:
+        if any(x.stride(d) != x.stride(axes[0]) * length for x in every):
+            break
+        length *= out.shape[d]
+    count = out.numel() // length
+    return count if count > 1 else 0, all(x.stride(axes[0]) < 2 for x in every)
 
 
 def attention_pass(name, args, kwargs, into, bytes):
@@ -411,8 +430,9 @@ def attention_pass(name, args, kwargs, into, bytes):
     block = 256 if T >= 768 else 64 if T >= 192 else 32
     seen = sum((min(i + block, T) - i) * (min(-(-(i + block) // 512) * 512, S) if causal else S)
                for i in range(0, T, block))
-    return Pass("attention back" if back else "attention", B * H * seen * D * (10 if back else 4), bytes, B * H * seen,
-                0, (min(block, T), min(512, S), D, B * H))
+    kind = "attention back" if back else "attention" if T > 8 else "attention few"
+    return Pass(kind, B * H * seen * D * (10 if back else 4), bytes, B * H * seen, 0,
+                (min(block, T), min(512, S), D, B * H))
 
 
 @dataclass
@@ -424,6 +444,9 @@ class Bench:
     bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
     reading: list                                                            # of a sum
     products: dict                                                           # (least, size) → FLOP/s, float32
+    batched: dict                                                            # the same of many small ones at once,
+    columns: dict                                                            # and of those with few columns
+    weights: list                                                            # as `bandwidth`, of products of 4 rows
     attention: dict                                                          # kind → (head size, FLOP/s) of torch's own
     slow: dict                                                               # kind → seconds a number
     row: float
@@ -431,31 +454,34 @@ class Bench:
     call_train: float                                                        # forward and backward pass
     link: float = None
 
-    def bytes_per_second(self, working_set):
+    def bytes_per_second(self, working_set, curve=None):
         """Interpolated in the logarithm of the working set."""
-        x, y = zip(*self.bandwidth)
+        x, y = zip(*(curve or self.bandwidth))
         return float(np.exp(np.interp(math.log(max(working_set, 1)), np.log(x), np.log(y))))
 
-    def product_rate(self, m, n, k):
-        """Interpolated in the logarithms of the least size and of the mean of the others."""
-        least, *others = sorted((m, n, k))
-        size = math.sqrt(others[0] * others[1])
-        xs, ys = (sorted({key[i] for key in self.products}) for i in (0, 1))
-        by_size = [np.interp(math.log(size), np.log(ys), [math.log(self.products[x, y]) for y in ys]) for x in xs]
+    def product_rate(self, m, n, k, batch=1):
+        """Interpolated in the logarithms of the least size and of the mean of the others; of many, of the next size."""
+        least, next, most = sorted((m, n, k))
+        size = math.sqrt(next * most) if batch == 1 else next
+        rates = self.products if batch == 1 else self.columns if n < m else self.batched
+        xs, ys = (sorted({key[i] for key in rates}) for i in (0, 1))
+        by_size = [np.interp(math.log(size), np.log(ys), [math.log(rates[x, y]) for y in ys]) for x in xs]
         return float(np.exp(np.interp(math.log(least), np.log(xs), by_size)))
 
     def seconds(self, p, all=0):
         """One Pass, without the price of its call: the longest of its bytes, its products and its slow numbers. What a
         call had not touched before was touched when it ran last: `all` its bytes ago.
         """
-        memory = p.bytes / self.bytes_per_second(p.bytes)
+        few = p.kind == "attention few" or p.kind == "matmul" and p.shape[0] <= 8 and p.shape[3] == 1
+        curve = self.weights if few else self.bandwidth
+        memory = p.bytes / self.bytes_per_second(p.bytes, curve)
         if p.moved:
             share = p.bytes / max(sum(size for size, _ in p.moved), 1)       # written where it was read: twice
-            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes)) for size, ago in p.moved)
+            memory = share * sum(size / self.bytes_per_second(max(ago or all, p.bytes), curve) for size, ago in p.moved)
         if p.kind == "view":
             return 0.0
         if p.kind == "matmul":
-            return max(memory, p.flops / self.product_rate(*p.shape[:3]))
+            return max(memory, p.flops / self.product_rate(*p.shape))
         if p.kind in self.attention:
             sizes, rates = zip(*self.attention[p.kind])
             return max(memory, p.flops / min(float(np.interp(p.shape[2], sizes, rates)),
@@ -531,7 +557,20 @@ def bench(device, bar):
             spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)             # as they lie in a
                                     for x, y in ((a, b), (a, b.T), (a_t, b)))                        # forward and a
             products[least, size] = 2 * least * size * size / spent                                  # backward pass
-    attention = {"attention": [], "attention back": []}
+    batched, columns = {}, {}
+    for least in (1, 16, 64, 256):
+        for size in (16, 64, 256):
+            many = min(256, 2 ** 18 // size ** 2)                            # 1 MB
+            a, b = torch.randn(many, least, size, device=kind), torch.randn(many, size, size, device=kind)
+            rate = lambda x, y: 2 * many * least * size * size / seconds(lambda: torch.bmm(x, y), kind, 0.01)
+            batched[least, size] = statistics.harmonic_mean([rate(a, b), rate(a, b.mT)])
+            columns[least, size] = rate(b, torch.randn(many, size, least, device=kind))
+    weights, x = [], torch.randn(4, 256, device=kind)
+    for count in (1, 4, 16, 64):                                             # 1 MB each, read in turn
+        many = torch.randn(count, 1024, 256, device=kind).unbind()
+        spent = seconds(lambda: [torch.nn.functional.linear(x, w) for w in many], kind)
+        weights.append((2 ** 20 * count, 2 ** 20 * count / spent))
+    attention = {"attention": [], "attention back": [], "attention few": []}
     for D in (32, 128):                                                      # a primitive as `mm` is, at its own sizes
         q = torch.randn(1, 2, 384, D, device=kind, requires_grad=True)
         work = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -539,20 +578,32 @@ def bench(device, bar):
         forward, back = seconds(work, kind), seconds(lambda: torch.autograd.grad(y, q, y, retain_graph=True), kind)
         attention["attention"].append((D, 2 * 384 * 384 * D * 4 / forward))
         attention["attention back"].append((D, 2 * 384 * 384 * D * 10 / back))
+        few, keys = torch.randn(4, 2, 2, D, device=kind), torch.randn(4, 2, 256, D, device=kind)
+        spent = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(few, keys, keys), kind)
+        attention["attention few"].append((D, 8 * 2 * 256 * D * 4 / spent))
     step("slow functions, rows, calls")
     x, y = torch.rand(128, 256, device=kind), torch.empty(128, 256, device=kind)
     z = x.double() if kind != "mps" else x
     each = lambda work: seconds(work, kind) / x.numel()
-    slow = dict(exp=each(lambda: torch.exp(x, out=y)), silu=each(lambda: torch.nn.functional.silu(x)),
-                log_softmax=each(lambda: torch.log_softmax(x, -1)),
+    some, at = x > 0.5, torch.arange(128, device=kind)
+    line, w = torch.rand(1, 128, 256, device=kind, requires_grad=True), torch.rand(128, 1, 4, device=kind)
+    conv = lambda: torch.nn.functional.conv1d(line, w.requires_grad_(), groups=128)
+    made = conv()
+    slow = dict(exp=each(lambda: torch.exp(x, out=y)), exp2=each(lambda: torch.exp2(x, out=y)),
+                silu=each(lambda: torch.nn.functional.silu(x)), log_softmax=each(lambda: torch.log_softmax(x, -1)),
                 softmax=each(lambda: torch.softmax(x, -1)), cos=each(lambda: torch.cos(z)),
-                pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)))
+                pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)),
+                masked=each(lambda: y.masked_fill_(some, 0.0)), index=each(lambda: x[at]),
+                cumsum=each(lambda: x.cumsum(0)), conv=each(conv), mixed=each(lambda: some * x),
+                transposed=each(lambda: y.copy_(x.view(256, 128).T)),
+                **{"conv back": each(lambda: torch.autograd.grad(made, (line, w), made, retain_graph=True))})
     wide, flat = torch.rand(1024, 64, device=kind)[:, :32], torch.rand(1024, 32, device=kind)
     out = torch.empty(1024, 32, device=kind)
     row = max(seconds(lambda: torch.mul(wide, flat, out=out), kind) - seconds(lambda: torch.mul(flat, flat, out=out),
                                                                               kind), 0) / 1024
     call, call_train = call_prices()
-    return Bench(machine, curve, reading, products, attention, slow, row, call, call_train, link_rate())
+    return Bench(machine, curve, reading, products, batched, columns, weights, attention, slow, row, call, call_train,
+                 link_rate())
 
 
 def link_rate():
@@ -603,7 +654,7 @@ def ops(s):
         return back(lambda: A.swiglu(a, b), a, b)
 
     def loss(device):
-        x, w = t(device, N, s.C), t(device, s.V, s.C)
+        x, w = t(device, N, s.C), (torch.randn(s.V, s.C, device=device) / s.C ** 0.5).requires_grad_()
         goal = torch.zeros(N, dtype=torch.long, device=device)
         return back(lambda: A.linear_cross_entropy(x, w, goal), x, w)
 
@@ -624,15 +675,62 @@ def ops(s):
         q = torch.randn(s.B, s.H, s.D, device=device)
         return lambda: flash.flash_decode(q, *pages, table, lengths)
 
-    def block(device):
-        m, x = small_model(s, device).blocks[0], t(device, s.B, s.T, s.C)
+    def block(letter, device):
+        m, x = train.Model(small_config(s, letter)).initialize(0).to(device).blocks[0], t(device, s.B, s.T, s.C)
         at = torch.arange(s.T, device=device)
-        return back(lambda: m(x, at), x, *m.parameters())
+        return back(lambda: m(x, at), x, *(w for name, w in m.named_parameters() if not name.startswith("predictor")))
+
+    def conv(device):
+        x, w, bias = t(device, s.B, s.T, E), t(device, E, 4), t(device, E)
+        return back(lambda: ssm.causal_conv1d(x, w, bias)[0], x, w, bias)
+
+    def faded(device, *shape):
+        return -torch.rand(shape, device=device).requires_grad_()
+
+    def recurrent(op, step, make):
+        """An op of ssm.py forward and backward, and its one-token form; make(device, *leading sizes, state or not)."""
+        def whole(device):
+            tensors = make(device, (s.B, s.T))
+            return back(lambda: op(*tensors)[0], *tensors)
+
+        def one(device):
+            *tensors, state = (x.detach() for x in make(device, (s.B,), True))
+            return lambda: step(*tensors, state=state)
+        return whole, one
+
+    def scan_tensors(device, at, state=False):
+        dt = torch.rand(*at, E, device=device).requires_grad_()
+        return [t(device, *at, E), dt, faded(device, E, 16), t(device, *at, 16), t(device, *at, 16),
+                *([t(device, s.B, E, 16)] if state else [])]
+
+    def ssd_tensors(device, at, state=False):
+        dt = torch.rand(*at, H, device=device).requires_grad_()
+        return [t(device, *at, H, P), dt, faded(device, H), t(device, *at, 1, S), t(device, *at, 1, S),
+                *([t(device, s.B, H, P, S)] if state else [])]
+
+    def delta_tensors(device, at, state=False):
+        q, k = (torch.nn.functional.normalize(torch.randn(*at, s.H, s.D, device=device), dim=-1).requires_grad_()
+                for _ in range(2))
+        beta = torch.rand(*at, s.H, device=device).requires_grad_()
+        return [q, k, t(device, *at, s.H, s.D), faded(device, *at, s.H), beta,
+                *([t(device, s.B, s.H, s.D, s.D)] if state else [])]
+
+    def rows(device):
+        x, weight = t(device, N, s.C), t(device, M)
+        at = torch.arange(M, device=device) * (N // M)
+        return back(lambda: mod.scatter_add_rows(x, at, mod.gather_rows(x, at), weight), x, weight)
 
     shape = small_shape(s)
     k, scores = cost(shape, s.T), 2 * s.B * s.H * s.T * s.T * s.D            # causal: half of 4
     pairs, weights = 2 * q + 2 * kv, k["params"]
-    one = (k["flops"] - 2 * s.V * s.C) / len(shape.layers)
+    one, routed = ((cost(c, s.T)["flops"] - 2 * s.V * s.C) / len(c.layers)
+                   for c in (shape, config_shape(small_config(s, "A").raw)))
+    block_weights = (weights - 2 * s.V * s.C) / len(shape.layers)
+    E, (H, P, S) = 2 * s.C, operator.itemgetter("num_heads", "head_dim", "state_size")(train.mamba2_sizes(s.C))
+    M, held = N // 8, dict(scan=E * 16, ssd=E * S, delta=s.H * s.D * s.D)    # rows taken, and numbers of a state
+    scan, scan_step = recurrent(ssm.selective_scan, ssm.selective_scan_step, scan_tensors)
+    ssd, ssd_step = recurrent(ssm.ssd, ssm.ssd_step, ssd_tensors)
+    delta, delta_step = recurrent(ssm.gated_delta, ssm.gated_delta_step, delta_tensors)
     return [
         Op("rms_norm", True, 12 * N * s.C, 4 * 5 * N * s.C, rms),
         Op("rms_norm + residual", True, 14 * N * s.C, 4 * 8 * N * s.C, rms_residual),
@@ -647,7 +745,19 @@ def ops(s):
         Op("flash_attention window", True, 3.5 * 4 * s.B * s.H * s.T * s.W * s.D, 4 * 3 * pairs,
            attend(flash.flash_attention, window=s.W)),
         Op("flash_decode", False, 4 * s.B * s.H * s.T * s.D, 4 * 2 * kv, decode),
-        Op("block", True, 3 * N * one, 4 * (3 * weights / len(shape.layers) + 30 * N * s.C), block),
+        Op("causal_conv1d", True, (6 * 4 + 12) * N * E, 4 * 5 * N * E, conv),
+        # The recurrences: FLOPs a number of the state and a step, as they are written, and twice as many backwards.
+        Op("selective_scan", True, 3 * 9 * N * held["scan"], 4 * N * (8 * E + 6 * 16), scan),
+        Op("ssd", True, 3 * 5 * N * held["ssd"], 4 * N * (5 * E + 6 * S + 3 * H), ssd),
+        Op("gated_delta", True, 3 * 7 * N * held["delta"], 4 * (9 * q + 6 * N * s.H + 2 * q), delta),
+        Op("selective_scan_step", False, 9 * s.B * held["scan"], 4 * s.B * (2 * held["scan"] + 3 * E), scan_step),
+        Op("ssd_step", False, 5 * s.B * held["ssd"], 4 * s.B * (2 * held["ssd"] + 2 * E + 2 * S), ssd_step),
+        Op("gated_delta_step", False, 7 * s.B * held["delta"], 4 * s.B * (2 * held["delta"] + 4 * s.H * s.D),
+           delta_step),
+        Op("gather, scatter rows", True, 6 * M * s.C, 4 * (4 * N + 5 * M) * s.C, rows),
+        Op("block", True, 3 * N * one, 4 * (3 * block_weights + 30 * N * s.C), functools.partial(block, "a")),
+        Op("routed block", True, 3 * N * routed, 4 * (3 * block_weights + (30 * M + 5 * N) * s.C),
+           functools.partial(block, "A")),
         Op("train step", True, 3 * N * k["flops"], 4 * (9 * weights + 30 * N * s.C * len(shape.layers)),
            functools.partial(train_step, s)),
         Op("decode step", False, s.B * k["flops"], 4 * (weights + s.B * s.T * k["cache"]),
@@ -659,8 +769,8 @@ Sizes = namedtuple("Sizes", "B T H G D C F V W layers")
 SMALL, LARGE = Sizes(4, 256, 4, 2, 64, 256, 704, 4096, 64, 3), Sizes(8, 2048, 16, 8, 128, 2048, 6144, 32768, 512, 4)
 
 
-def small_config(s):
-    raw = train.qwen3_config("a" * s.layers, s.C, s.H, s.G, s.V, s.T, [0])
+def small_config(s, layers=None):
+    raw = train.our_config(layers or "a" * s.layers, s.C, s.H, s.G, s.V, s.T, [0])
     return train.parse_config(raw | dict(intermediate_size=s.F, head_dim=s.D))
 
 
@@ -750,7 +860,7 @@ def profile(args):
             print(json.dumps(row))
         return
     show_bench(b)
-    show_ops(results, todo)
+    show_ops(results)
     print()
     show_accelerators(list(ACCELERATORS.values()), False)
     print(f"\nroofline: {args.out}")
@@ -773,7 +883,7 @@ def show_bench(b):
     table(["rows", *map(str, ys)], [[x, *(figure(b.products[x, y] / 1e9) for y in ys)] for x in xs])
 
 
-def show_ops(results, todo):
+def show_ops(results):
     """Each op measured, predicted, as a share of its roof; and on accelerators."""
     print()
     table(["op (float32)", "FLOPs", "bytes", "FLOP/B", "passes", "measured ms", "predicted", "ratio", "of roof"],
@@ -805,8 +915,8 @@ def draw_roofline(b, results, path):
     cache = max(y for _, y in b.bandwidth)
     axes.loglog(x, np.minimum(best, x * cache), "--", color="gray", lw=1, label=f"cache {figure(cache)}B/s")
     for i, r in enumerate(results):
-        axes.plot(r["intensity"], r["flops_per_second"], "o" if r["trained"] else "s", color=plt.cm.tab20(i), ms=8,
-                  mec="black", mew=0.5, label=r["op"] + (", trained" if r["trained"] else ""))
+        axes.plot(r["intensity"], r["flops_per_second"], ("so" if i < 20 else "D^")[r["trained"]], ms=8, mec="black",
+                  mew=0.5, color=plt.cm.tab20(i % 20), label=r["op"] + (", trained" if r["trained"] else ""))
     axes.set(xlabel="FLOPs a byte (the least bytes there are)", ylabel="FLOP/s", title=f"Roofline of this machine "
              f"({b.machine.device})", ylim=(min(r["flops_per_second"] for r in results) / 3, 3 * best))
     axes.grid(True, which="major", alpha=0.3)
@@ -846,13 +956,19 @@ def launches_flash(F, t):
 
 def launches_ssm(S, t):
     f = lambda *shape: torch.zeros(shape, requires_grad=True)
+    less = lambda *shape: (-torch.ones(shape)).requires_grad_()              # the scan looks: A < 0
     yield dict(K=4), lambda: S.causal_conv1d(t(1, 256, 2048), t(2048, 4), t(2048))[0].sum().backward()
-    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), f(2048, 16), t(1, 256, 16),
+    yield dict(N=16), lambda: S.selective_scan(t(1, 256, 2048), f(1, 256, 2048), less(2048, 16), t(1, 256, 16),
                                                t(1, 256, 16), f(2048))[0].sum().backward()
     yield dict(P=64, N=128), lambda: S.ssd(t(1, 256, 8, 64), f(1, 256, 8), f(8), t(1, 256, 1, 128), t(1, 256, 1, 128),
                                            f(8))[0].sum().backward()
     yield dict(K=128, V=128), lambda: S.gated_delta(t(1, 256, 4, 128), t(1, 256, 4, 128), t(1, 256, 4, 128),
                                                     f(1, 256, 4), f(1, 256, 4))[0].sum().backward()
+    now = lambda step, *tensors: step(*(x.detach() for x in tensors))
+    yield dict(P=64, N=128), lambda: now(S.ssd_step, t(2, 8, 64), f(2, 8), f(8), t(2, 1, 128), t(2, 1, 128), f(8),
+                                         f(2, 8, 64, 128))
+    yield dict(K=128, V=128), lambda: now(S.gated_delta_step, t(2, 4, 128), t(2, 4, 128), t(2, 4, 128), f(2, 4),
+                                          f(2, 4), f(2, 4, 128, 128))
 
 
 def launches_mod(M, t):
@@ -1045,7 +1161,7 @@ def show_kernels(as_json):
 
 @dataclass
 class Shape:
-    """The sizes that cost: a letter a block (a attention, s Mamba-2, m Mamba-1; a capital: Mixture of Depths)."""
+    """The sizes that cost: a letter a block (a attention, s Mamba-2, m Mamba-1, d gated delta; a capital is routed)."""
     name: str
     layers: str
     dim: int
@@ -1071,15 +1187,10 @@ class Shape:
     shared: int = 0
     expert_hidden: int = 0
     dense: int = 0
-    # State spaces: inner width, state, heads and groups (Mamba-2), convolution, chunk; rank of dt (Mamba-1).
-    inner: int = 0
-    state: int = 0
-    state_heads: int = 0
-    groups: int = 1
-    conv: int = 4
-    chunk: int = 64
-    rank: int = 0
+    # Recurrent layers: {letter: what its function in LAYERS is called with}. Mixture of Depths: mod.py's two.
+    mixers: dict = field(default_factory=dict)
     capacity: float = 0.125
+    routing: str = "topk"
 
 
 def llama(name, layers, dim, heads, kv_heads, hidden, vocab=128256, **rest):
@@ -1103,9 +1214,9 @@ MODELS = {m.name: m for m in (                                               # t
     replace(qwen3("30B-A3B", 48, 2048, 32, 4, 6144, False), experts=128, active=8, expert_hidden=768),
     Shape("DeepSeek-V3", "a" * 61, 7168, 129280, 128, 128, 128, 18432, latent_q=1536, latent=512, rotated=64,
           value_dim=128, experts=256, active=8, shared=1, expert_hidden=2048, dense=3, context=163840),
-    Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, inner=4096, state=128, state_heads=64, chunk=256, tied=True),
-    Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, inner=5120, state=128, state_heads=80, chunk=256, tied=True),
-    Shape("Mamba-2.8B", "m" * 64, 2560, 50280, inner=5120, state=16, rank=160, tied=True))}
+    Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, tied=True, mixers=dict(s=dict(H=64, P=64, N=128, G=1, K=4))),
+    Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, tied=True, mixers=dict(s=dict(H=80, P=64, N=128, G=1, K=4))),
+    Shape("Mamba-2.8B", "m" * 64, 2560, 50280, tied=True, mixers=dict(m=dict(E=5120, N=16, K=4))))}
 
 
 def model_shape(name):
@@ -1126,19 +1237,26 @@ def config_shape(raw, name="config"):
     count = get("num_hidden_layers", "n_layer")
     if not dim or not count or not raw.get("vocab_size"):
         raise UserError(f"{name}: its config.json lacks hidden_size, num_hidden_layers or vocab_size")
-    letter = "s" if kind == "mamba2" else "m" if kind == "mamba" else "a"
     known = train.KINDS.get(kind, dict(kv_heads=None, head_dim="quotient", qk_norm=False))
-    heads = get("num_attention_heads", default=0)
-    inner = get("intermediate_size") if letter == "m" else int(get("expand", default=2) * dim)
-    state_heads = get("num_heads", default=inner // get("head_dim", default=64)) if letter == "s" else 0
-    head_dim = get("head_dim", default=(known["head_dim"] if isinstance(known["head_dim"], int) else
-                                        dim // heads if heads else 0))
+    heads, mixers = get("num_attention_heads", default=0), {}
+    if kind in ("mamba2", "twin"):
+        mixers = train.parse_config(raw).mixers
+        mixers.get("s", {}).pop("eps", None), mixers.get("s", {}).pop("dt_limit", None)
+    elif kind == "mamba":
+        rank = get("time_step_rank", default="auto")
+        mixers = dict(m=dict(E=get("intermediate_size", default=get("expand", default=2) * dim),
+                             N=get("state_size", default=16), K=get("conv_kernel", default=4),
+                             R=None if rank == "auto" else rank, bias=bool(get("use_bias", default=False)),
+                             conv_bias=bool(get("use_conv_bias", default=True))))
+    elif not heads:
+        raise UserError(f"{name}: its config.json lacks num_attention_heads")
+    head_dim = get("head_dim", default=known["head_dim"] if isinstance(known["head_dim"], int) else
+                   dim // heads if heads else 0)
     return Shape(
-        name, get("layers", default=letter * count), dim, raw["vocab_size"], heads,
+        name, get("layers", default=dict(mamba2="s", mamba="m").get(kind, "a") * count), dim, raw["vocab_size"], heads,
         get("num_key_value_heads", default=known["kv_heads"] or heads), get("qk_nope_head_dim", default=head_dim),
-        get("intermediate_size", default=0) if letter == "a" else 0,
-        tied=bool(get("tie_word_embeddings", default=letter != "a")), qk_norm=known["qk_norm"],
-        qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
+        get("intermediate_size", default=0), tied=bool(get("tie_word_embeddings", default=kind == "mamba")),
+        qk_norm=known["qk_norm"], qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
         out_bias=bool(get("attention_bias", default=False)) and kind != "qwen2",
         mlp_bias=bool(get("mlp_bias", default=False)), context=get("max_position_embeddings", default=8192),
         latent_q=get("q_lora_rank", default=0), latent=get("kv_lora_rank", default=0),
@@ -1146,107 +1264,165 @@ def config_shape(raw, name="config"):
         experts=get("num_experts", "n_routed_experts", "num_local_experts", default=0),
         active=get("num_experts_per_tok", default=0), shared=get("n_shared_experts", default=0),
         expert_hidden=get("moe_intermediate_size", default=get("intermediate_size", default=0)),
-        dense=get("first_k_dense_replace", default=0), inner=inner or 2 * dim,
-        state=get("state_size", default=128 if letter != "m" else 16), state_heads=state_heads,
-        groups=get("n_groups", default=8 if letter == "s" else 1), conv=get("conv_kernel", default=4),
-        chunk=get("chunk_size", default=256), rank=get("time_step_rank", default=-(-dim // 16))
-        if get("time_step_rank") != "auto" else -(-dim // 16), capacity=get("mod_capacity", default=0.125))
+        dense=get("first_k_dense_replace", default=0), mixers=mixers, capacity=get("capacity", default=0.125),
+        routing=get("routing", default="topk"))
 
 
-def mixer_weights(c, letter):
-    """Weights of a block's mixer: (in matrices that multiply each token, in all else)."""
-    C, I = c.dim, c.inner
-    if letter == "s":                                                        # Mamba-2: z, x, B, C, dt from one product
-        conv = I + 2 * c.groups * c.state
-        return C * (I + conv + c.state_heads) + I * C, conv * c.conv + conv + 3 * c.state_heads + I + C
-    if letter == "m":                                                        # Mamba-1
-        return (C * 2 * I + I * (c.rank + 2 * c.state) + c.rank * I + I * C,
-                I * c.conv + I + I + I * c.state + I + C)
-    H, G, D = c.heads, c.kv_heads, c.head_dim
+# What a block costs, by its letter: weights in matrices, those of them that a token visits and that Muon updates, all
+# other weights; `mixing`(T): FLOPs a token, beyond its matrices, forward, in a sequence of T; `kept`(T): numbers that
+# such a sequence leaves for the backward pass on a CPU; `cache` values a token, `state` values a sequence, and the
+# kernels of a decoded token. FLOPs are those of products, all T keys counted, as torch's counter has them.
+
+Layer = namedtuple("Layer", "matrices visited muon other mixing kept cache state kernels")
+
+
+def mlp_layer(c, dense):
+    """The half of a block after its mixer: norm, gate and up, SwiGLU, down; or experts."""
+    C, F = c.dim, c.hidden
+    kept = lambda T: T * (2 * C + 1 + 4 * F)                                 # x, normed; gate, up, silu, their product
+    if c.experts and not dense:
+        one, router = 3 * C * c.expert_hidden, c.experts * C
+        stored = (c.experts + c.shared) * one + router
+        return Layer(stored, (c.active + c.shared) * one + router, stored, C, None, kept, 0, 0, 4)
+    return Layer(3 * C * F, 3 * C * F, 3 * C * F, C + (2 * F + C) * c.mlp_bias, None, kept, 0, 0, 4)
+
+
+def with_mlp(c, dense, mixer):
+    """A mixer's costs and those of the MLP after it."""
+    mlp = mlp_layer(c, dense)
+    return Layer(*(a + b for a, b in zip(mixer[:4], mlp)), mixer.mixing, lambda T: mixer.kept(T) + mlp.kept(T),
+                 mixer.cache, mixer.state, mixer.kernels + mlp.kernels)
+
+
+def attention_layer(c, dense):
+    """Norm, qkv, norms and rotary, attention and merge, out: attention.py's, or with keys and values compressed."""
+    C, H, G, D = c.dim, c.heads, c.kv_heads, c.head_dim
+    products, other = C * (H + 2 * G) * D + H * D * C, 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias
+    wide, cache = 2 * D, 2 * G * D
     if c.latent:
-        rows = H * (D + c.rotated)
-        q = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows
-        return (q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C,
-                c.latent_q + c.latent + C)
-    return (C * (H + 2 * G) * D + H * D * C,
-            C + 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias)
+        rows, other, cache = H * (D + c.rotated), c.latent_q + c.latent, c.latent + c.rotated
+        q, wide = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows, D + c.rotated + c.value_dim
+        products = q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C
+    # x, normed; q, k, v as they came, q and k rotated, the output as [H, T, D] and merged; a number a row of each norm
+    kept = 2 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 1 + (H + G) * c.qk_norm + H       # and of each softmax
+    return with_mlp(c, dense, Layer(products, products, products, C + other, lambda T: 2 * T * H * wide,
+                                    lambda T: T * kept, cache, 0, 6))
 
 
-def mlp_weights(c, letter, i):
-    """Weights of block i's MLP: (in matrices, of these visited by a token, in all else). Mamba blocks have none."""
-    if letter in "sm":
-        return 0, 0, 0
-    if c.experts and i >= c.dense:
-        one, router = 3 * c.dim * c.expert_hidden, c.experts * c.dim
-        return (c.experts + c.shared) * one + router, (c.active + c.shared) * one + router, c.dim
-    count = 3 * c.dim * c.hidden
-    return count, count, c.dim + (2 * c.hidden + c.dim) * c.mlp_bias
+def recurrent(c, widths, K, state, out, other, mixing, kept, kernels, bias=False, conv_bias=True, inner=0, plain=0):
+    """What the recurrent layers share: norm, in, convolution, out (`ssm.Mixer`). `inner`: weights of matrices between,
+    `plain` of them not Muon's.
+    """
+    C, width, conv = c.dim, sum(widths), widths[1]
+    products = C * width + out * C + inner
+    return Layer(products, products, products - plain, C + conv * (K + conv_bias) + (width + C) * bias + other,
+                 lambda T: 2 * K * conv + mixing(T),                         # x, normed; what `in` gave; into the
+                 lambda T: T * (2 * C + 1 + width + 3 * conv) + conv * (K - 1) + kept(T),        # convolution, before
+                 0, state + conv * (K - 1), kernels)                         # SiLU and after
 
 
-def mixing_flops(c, letter, context):
-    """FLOPs a token of mixing itself, beyond its matrices, forward; all T keys counted, as torch's counter does."""
-    if letter == "s":                                                        # C Bᵀ and its product with x inside a
-        inside = 2 * c.chunk * (c.state_heads * c.state + c.inner)           # chunk; states made and read
-        return inside + 4 * c.inner * c.state + 2 * c.conv * (c.inner + 2 * c.groups * c.state)
-    if letter == "m":
-        return 9 * c.inner * c.state + 2 * c.conv * c.inner                  # as its paper counts the scan
-    wide = c.head_dim + c.rotated + c.value_dim if c.latent else 2 * c.head_dim
-    return 2 * context * c.heads * wide
+def chunked(flops, T, l=ssm.CHUNK):
+    """FLOPs a token of a sequence cut into chunks of l, the last of what is left; `flops`: of a chunk of so many."""
+    T = max(T, 1)
+    return (T // l * flops(l) + flops(T % l)) / T
+
+
+def mamba2_layer(c, dense, H, P, N, G, K, bias=False, conv_bias=True):
+    E = H * P
+    flops = lambda l: 2 * l * l * (G * N + E) + 4 * l * E * N                # C Bᵀ, times Δx; states made and read
+    return recurrent(c, (E, E + 2 * G * N, H), K, E * N, E, 3 * H + E, lambda T: chunked(flops, T),
+                     lambda T: T * ((4 + (G > 1)) * E + 2 * H + G) + -(-T // ssm.CHUNK) * E * N, 6, bias, conv_bias)
+
+
+def mamba_layer(c, dense, E, N, K, R=None, bias=False, conv_bias=True):
+    R = R or -(-c.dim // 16)
+    return recurrent(c, (E, E, 0), K, E * N, E, E * N + 2 * E, lambda T: 9 * E * N,        # as its paper counts a scan
+                     lambda T: T * (6 * E + R + 2 * N) + -(-T // ssm.STEPS) * E * N, 8, bias, conv_bias,
+                     E * (R + 2 * N) + R * E, R * E)
+
+
+def gated_delta_layer(c, dense, H, K_dim, V_dim, K):
+    k, v = H * K_dim, H * V_dim
+    flops = lambda l: (2 * l * l * (3 * k + 2 * v) + 6 * l * k * V_dim       # k kᵀ, T k, q kᵀ, T v, times u; states
+                       + H * 2 * (l ** 3 - l) / 3)                           # erased, made, read; (I + A)⁻¹
+    return with_mlp(c, dense, recurrent(
+        c, (v, 2 * k + v, 2 * H), K, k * V_dim, v, 2 * H + V_dim, lambda T: chunked(flops, T),
+        lambda T: T * (2 * k + 4 * v + 9 * H) + -(-T // ssm.CHUNK) * k * V_dim, 6, conv_bias=False))
+
+
+LAYERS = dict(a=attention_layer, s=mamba2_layer, m=mamba_layer, d=gated_delta_layer)
+
+
+def blocks(c):
+    """→ [(Layer, whether it is routed, how many such blocks)]."""
+    count = Counter((letter, i < c.dense) for i, letter in enumerate(c.layers))
+    return [(LAYERS[letter.lower()](c, dense, **c.mixers.get(letter.lower(), {})), letter.isupper(), n)
+            for (letter, dense), n in count.items()]
+
+
+def taken(c, T):
+    """How many of T tokens a routed block takes."""
+    return math.ceil(c.capacity * T)
+
+
+def decision_weights(c):
+    """Weights of a routed block's router and predictor: (in matrices, in all else)."""
+    wide = mod.predictor_width(c.dim)
+    return (c.dim, 0) if c.routing == "threshold" else (c.dim + c.dim * wide + wide + 1, wide + 1)
 
 
 def cost(c, context):
-    """What a model costs → dict: params, active (that multiply a token; the head with them), flops (forward, a token at
-    that context), cache (values a token), state (values a sequence).
+    """What a model costs → dict: params, active (that multiply a token; the head with them), muon (that Muon updates),
+    flops (forward, a token of a sequence of `context`), score (of them, for a key that a query sees), cache (values a
+    token), state (values a sequence).
     """
-    params = c.vocab * c.dim * (1 if c.tied else 2) + c.dim
-    active, flops, cache, state = c.vocab * c.dim, 2 * c.vocab * c.dim, 0, 0
-    for i, letter in enumerate(c.layers):
-        low, share = letter.lower(), 1 if letter.islower() else c.capacity
-        mixer, vectors = mixer_weights(c, low)
-        mlp, visited, more = mlp_weights(c, low, i)
-        router = 0 if letter.islower() else c.dim                            # Mixture of Depths: a score a token
-        params += mixer + vectors + mlp + more + router
-        active += share * (mixer + visited) + router
-        flops += share * (2 * (mixer + visited) + mixing_flops(c, low, share * context)) + 2 * router
-        if low == "a":
-            cache += share * (c.latent + c.rotated if c.latent else 2 * c.kv_heads * c.head_dim)
-        elif low == "s":
-            state += c.inner * c.state + (c.inner + 2 * c.groups * c.state) * (c.conv - 1)
-        elif low == "m":
-            state += c.inner * (c.state + c.conv - 1)
-    return dict(params=params, active=active, flops=flops, cache=cache, state=state)
+    k = dict(params=c.vocab * c.dim * (1 if c.tied else 2) + c.dim, active=c.vocab * c.dim, muon=0,
+             flops=2 * c.vocab * c.dim, score=0, cache=0, state=0)
+    for layer, routed, n in blocks(c):
+        seen, share = (taken(c, context), c.capacity) if routed else (context, 1)
+        decide, beside = decision_weights(c) if routed else (0, 0)
+        part = seen / context if context else share
+        k["params"] += n * (layer.matrices + layer.other + decide + beside)
+        k["active"] += n * (share * layer.visited + decide)
+        k["muon"] += n * layer.muon
+        k["flops"] += n * (part * (2 * layer.visited + layer.mixing(seen)) + 2 * decide)
+        k["score"] += n * share ** 2 * layer.mixing(1) if layer.cache else 0
+        k["cache"] += n * share * layer.cache
+        k["state"] += n * layer.state
+    return k
 
 
-def weight_bytes(c, dtype, params):
+def weight_bytes(dtype, params):
     """Bytes of the weights in memory; quantized to integers of 4 bits they carry a scale for each 32."""
     return params * (BYTES[dtype] + (GROUP_SCALE if dtype in ("int4", "fp4") else 0))
 
 
-def activation_floats(c):
-    """Numbers that a block `a` keeps a token for its backward pass, on the path of a CPU in float32 (`attention.py`):
-    x, normed x, x after attention, normed again; q, k, v as they came, rotated q and k, the output twice as [H, T, D]
-    and merged; gate and up, silu, their product; and of each norm and softmax a number a row.
+def activation_floats(c, T):
+    """Numbers that each kind of block keeps of a sequence of T for its backward pass, on a CPU in float32 → list. A
+    routed one: x, normed, the predictor's layers and loss; of what it takes the update, plain and weighted.
     """
-    C, H, G, D, F = c.dim, c.heads, c.kv_heads, c.head_dim, c.hidden
-    rows = 2 + (H + G) * c.qk_norm + H
-    return 4 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 4 * F + rows
+    wide, kept = mod.predictor_width(c.dim), []
+    for layer, routed, n in blocks(c):
+        k = taken(c, T)
+        decide = 0 if c.routing == "threshold" else c.dim + 2 * wide + 3
+        kept += n * [layer.kept(k) + T * (c.dim + decide) + k * (2 * c.dim + 1) if routed else layer.kept(T)]
+    return kept
 
 
 def training_memory(c, batch, context, recompute, dtype="bf16"):
-    """Bytes of training → dict: weights and gradients, optimizer (float32 copy, two moments), activations, logits."""
-    k, tokens, size = cost(c, context), batch * context, BYTES[dtype]
-    blocks = len(c.layers)
-    kept = activation_floats(c) if "a" in c.layers.lower() else 16 * c.inner
-    activations = tokens * size * (c.dim * blocks + kept if recompute else kept * blocks)
-    return dict(weights=2 * size * k["params"], optimizer=12 * k["params"], activations=activations,
+    """Bytes of training by train.py → dict: weights and gradients; optimizer (Muon's momentum, AdamW's two moments of
+    what is no hidden matrix, and a float32 copy of weights of fewer bits); activations; logits.
+    """
+    k, size, kept = cost(c, context), BYTES[dtype], activation_floats(c, context)
+    floats = len(kept) * c.dim * context + max(kept) if recompute else sum(kept)
+    optimizer = (8 + 4 * (size < 4)) * k["params"] - 4 * k["muon"]
+    return dict(weights=2 * size * k["params"], optimizer=optimizer, activations=batch * size * floats,
                 logits=4 * 2 ** 20 * 2)
 
 
 def kernels_a_token(c):
-    """Kernels that a decode step launches: norm, qkv, norms and rotary, attention and merge, out, norm, gate and up,
-    SwiGLU, down; a state space has norm, in, convolution, step, gated norm, out.
-    """
-    return sum(10 if letter.lower() == "a" else 6 for letter in c.layers) + 3
+    """Kernels that a decode step launches; a routed block has router, choice, gather and scatter besides."""
+    return sum(n * (layer.kernels + 4 * routed) for layer, routed, n in blocks(c)) + 3
 
 
 def all_reduce(chip, size, devices):
@@ -1263,7 +1439,7 @@ def decode_seconds(c, chip, dtype, batch, context, devices=1):
     """
     k = cost(c, context)
     read = k["active"] if batch == 1 or not c.experts else min(k["params"], k["active"] * batch)
-    quantity = weight_bytes(c, dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
+    quantity = weight_bytes(dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
     multiply = "bf16" if dtype in ("int8", "int4") else dtype                # weights alone are in few bits
     memory = quantity / devices / (chip.bandwidth * 1e12 * MEMORY)
     compute = batch * k["flops"] / devices / rate(chip, multiply)
@@ -1277,7 +1453,7 @@ def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
     head = 2 * c.vocab * c.dim                                               # of the last token alone
     flops = batch * (tokens * (k["flops"] - head) + head)
     multiply = "bf16" if dtype in ("int8", "int4") else dtype
-    memory = weight_bytes(c, dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
+    memory = weight_bytes(dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * tokens * c.dim, devices)
     return max(flops / devices / rate(chip, multiply), memory) + kernels_a_token(c) * LAUNCH + talk
 
@@ -1285,7 +1461,7 @@ def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
 def devices_needed(c, chip, dtype, batch, context):
     """The fewest chips, a power of two, whose memory holds weights and caches."""
     k = cost(c, context)
-    need = weight_bytes(c, dtype, k["params"]) + batch * 2 * (k["cache"] * context + k["state"])
+    need = weight_bytes(dtype, k["params"]) + batch * 2 * (k["cache"] * context + k["state"])
     return 2 ** max(0, math.ceil(math.log2(need / (chip.memory * 1e9 * (1 - RESERVED)))))
 
 
@@ -1293,7 +1469,7 @@ def compute_bound_batch(c, chip, dtype, context):
     """The smallest batch whose decode step takes longer to multiply than to read; None where its caches grow faster."""
     k, multiply = cost(c, context), "bf16" if dtype in ("int8", "int4") else dtype
     bandwidth = chip.bandwidth * 1e12 * MEMORY
-    weights = weight_bytes(c, dtype, k["params"] if c.experts else k["active"]) / bandwidth
+    weights = weight_bytes(dtype, k["params"] if c.experts else k["active"]) / bandwidth
     row = k["flops"] / rate(chip, multiply) - 2 * (k["cache"] * context + 2 * k["state"]) / bandwidth
     return math.ceil(weights / row) if row > 0 else None
 
@@ -1307,7 +1483,7 @@ def model_cost(c, chip, dtype="bf16", batch=1, prompt_tokens=512, context=None, 
     speed = batch / step
     return dict(
         model=c.name, accelerator=chip.name, dtype=dtype, batch=batch, prompt_tokens=prompt_tokens, context=context,
-        params=k["params"], flops_per_token=round(k["flops"]), weight_bytes=round(weight_bytes(c, dtype, k["params"])),
+        params=k["params"], flops_per_token=round(k["flops"]), weight_bytes=round(weight_bytes(dtype, k["params"])),
         cache_bytes_per_token=round(2 * k["cache"]), prefill_seconds=prefill_seconds(c, chip, dtype, batch,
                                                                                      prompt_tokens, n),
         decode_seconds_per_token=step, tokens_per_second=speed,
@@ -1353,12 +1529,13 @@ def show_model(c, chips, args):
         return
     context = rows[0]["context"]
     k = cost(c, context)
-    kept, small = (training_memory(c, 1, context, r)["activations"] / context for r in (False, True))
+    size = training_memory(c, 1, context, False)
+    kept, small = (x["activations"] / context for x in (size, training_memory(c, 1, context, True)))
     print(f"{c.name}: {figure(k['params'], 4)} parameters, {figure(k['active'], 4)} multiply a token\nforward "
           f"{figure(k['flops'], 4)}FLOP a token at {context}, training {figure(3 * k['flops'], 4)}FLOP\n"
           f"weights {figure(rows[0]['weight_bytes'])}B in {args.dtype}; cache {figure(2 * k['cache'])}B a token, state "
           f"{figure(2 * k['state'])}B a sequence\n"
-          f"training, bf16: weights and gradients {figure(4 * k['params'])}B, optimizer {figure(12 * k['params'])}B, "
+          f"training, bf16: weights and gradients {figure(size['weights'])}B, optimizer {figure(size['optimizer'])}B, "
           f"activations\n{figure(kept)}B a token, {figure(small)}B recomputed\n")
     table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from", "train Mtok/day"],
           [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
@@ -1395,8 +1572,8 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 
     requests: (arrival seconds, prompt tokens, new tokens), in order of arrival. ValueError where one can never fit.
     """
-    k = cost(c, 1)
-    free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(c, dtype, k["params"])
+    k = cost(c, 0)
+    free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(dtype, k["params"])
     total = int(free // max(2 * k["cache"] * block_size, 1))
     longest = max(-(-(prompt + new) // block_size) for _, prompt, new in requests)
     if total < longest:
@@ -1434,15 +1611,14 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 
 
 def pass_seconds(c, k, chip, dtype, segments, devices):
-    """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 1."""
+    """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 0."""
     tokens = sum(stop - start for _, start, stop in segments)
     seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)  # keys of all queries
     held = sum(stop for _, _, stop in segments)
     head = 2 * c.vocab * c.dim
-    scores = mixing_flops(c, "a", 1) * c.layers.lower().count("a")           # a key that a query sees, in all layers
-    flops = tokens * (k["flops"] - head - scores) + len(segments) * head + seen * scores
+    flops = tokens * (k["flops"] - head) + len(segments) * head + seen * k["score"]
     read = min(k["params"], k["active"] * tokens) if c.experts else k["params"]
-    quantity = weight_bytes(c, dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
+    quantity = weight_bytes(dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
     multiply = "bf16" if dtype in ("int8", "int4") else dtype
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * tokens * c.dim, devices)
     return (max(flops / devices / rate(chip, multiply), quantity / devices / (chip.bandwidth * 1e12 * MEMORY))

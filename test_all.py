@@ -50,6 +50,7 @@ import train
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)                       # shrinking takes minutes in an interpreter
@@ -5050,11 +5051,96 @@ def test_hw_parameters_flops_and_cache_are_exact(sizes, T):
     model, shape = hw_model(**sizes)
     k = Hw.cost(shape, T)
     assert k["params"] == sum(w.numel() for w in model.parameters())
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(2, T, dtype=torch.long))
     assert counter.get_total_flops() == 2 * T * k["flops"]
     states = model.new_states(3, T)
     assert sum(s.k.nbytes + s.v.nbytes for s in states) == 3 * T * 4 * k["cache"]
+
+
+def hw_stack(letters, routing="topk"):
+    raw = train.our_config(letters, 64, 2, 1, 101, 64, [0], capacity=0.25, routing=routing)
+    return train.Model(train.parse_config(raw)).initialize(0), Hw.config_shape(raw, "tiny")
+
+
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+@pytest.mark.parametrize("letters", ["s", "ss", "m", "d", "sdam", "aA", "SaMD"])
+def test_hw_every_letter_costs_what_its_layer_is(letters, routing):
+    """Parameters, those that multiply a token, and the numbers of a state, counted on the model itself."""
+    model, shape = hw_stack(letters, routing)
+    k = Hw.cost(shape, 16)
+    assert k["params"] == sum(w.numel() for w in model.parameters())
+    linear = lambda module: sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+    active, state = linear(model.head), 0
+    for letter, block in zip(letters, model.blocks):
+        inner, mixer = train.parts(block)
+        share = 0.25 if letter.isupper() else 1
+        active += share * linear(inner) + (linear(block) - linear(inner) if letter.isupper() else 0)
+        if letter not in "aA":
+            empty = mixer.new_state(1)
+            state += empty.conv.numel() + empty.state.numel()
+    assert k["active"] == active and k["state"] == state
+
+
+@pytest.mark.parametrize("letters", ["s", "m", "d", "sdam", "aAdD", "SaMD"])
+@pytest.mark.parametrize("T", [2, 50, 150])
+def test_hw_flops_of_every_letter_are_what_torch_counts(letters, T):
+    """Of a forward pass as in training. A scan has no product but y = h C; in pieces of 32 it makes that twice. To
+    torch a chunk of one token is no product, and a product added in place is none to its counter: it is told of it.
+    """
+    model, shape = hw_stack(letters)
+    sums = {torch.ops.aten.baddbmm_: lambda y, a, b, **_: 2 * math.prod(a) * b[2]}
+    with FlopCounterMode(display=False, custom_mapping=sums) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(2, T, dtype=torch.long))
+    E, N, scans = 128, 16, 0
+    for letter in letters:
+        t = math.ceil(0.25 * T) if letter == "M" else T
+        scans += (9 * t - 4 * 32 * math.ceil(t / 32)) * E * N if letter in "mM" else 0
+    assert counter.get_total_flops() == pytest.approx(2 * (T * Hw.cost(shape, T)["flops"] - scans), rel=1e-12)
+
+
+@pytest.mark.parametrize("letters", ["a", "s", "m", "d", "A", "S", "M", "D"])
+@pytest.mark.parametrize("T", [12, 40, 150])
+def test_hw_activations_of_every_letter_are_what_autograd_keeps(letters, T):
+    """Every storage saved for the backward pass, counted once; weights, and tables of rotary's and of A, apart."""
+    model, shape = hw_stack(letters)
+    block, B, kept = model.blocks[0], 2, {}
+    apart = {w.untyped_storage().data_ptr() for w in block.parameters()}
+    shapes = {w.shape for name, w in block.named_parameters() if name.endswith("A_log")} | {()}
+
+    def keep(x):
+        if x.shape not in shapes and x.shape[-1:] != (16,) or x.ndim == 4 and letters in "mM":   # 16: half a head,
+            if x.is_floating_point() and x.untyped_storage().data_ptr() not in apart:            # and Mamba's N
+                kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = block(torch.randn(B, T, 64, requires_grad=True), torch.arange(T))
+    auxiliary = block.auxiliary if letters.isupper() else None               # held, or its tensors would be let go
+    assert sum(size for size, _ in kept.values()) == 4 * B * sum(Hw.activation_floats(shape, T)), (y.shape, auxiliary)
+
+
+@pytest.mark.parametrize("letters", ["a", "s", "m", "d", "sdam", "SaMD"])
+def test_hw_training_memory_is_what_the_optimizer_allocates(letters):
+    """Weights, gradients and moments after a step; AdamW also counts the steps of each tensor, in 4 bytes."""
+    model, shape = hw_stack(letters)
+    optimizer = train.Optimizer(model)
+    model(torch.arange(40)[None] % 101).sum().backward()
+    for w in model.parameters():                                             # the predictor's loss is another
+        w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+    optimizer.step(1.0)
+    size = Hw.training_memory(shape, 1, 40, False, "fp32")
+    assert size["weights"] == sum(w.nbytes + w.grad.nbytes for w in model.parameters())
+    moments = [x for state in optimizer.adam.state.values() for x in state.values() if x.ndim]
+    assert size["optimizer"] == sum(x.nbytes for x in [*moments, *optimizer.momentum.values()])
+
+
+def test_hw_model_reads_a_folder_of_every_letter(stacks):
+    """--model on what train.py wrote says the parameters that lie in it."""
+    for letters in ("sDaM", "mAd"):
+        code, out, err = run(Hw, "--model", stacks(letters), "--accelerator", "H100", "--json")
+        assert code == 0, err
+        weights = train.load(stacks(letters))[0].parameters()
+        assert json.loads(out)["params"] == sum(w.numel() for w in weights)
 
 
 @pytest.mark.parametrize("sizes", HW_MODELS)
@@ -5062,24 +5148,6 @@ def test_hw_training_flops_and_train_py_agree(sizes):
     """Three forward passes; train.py's count leaves nothing out."""
     model, shape = hw_model(**sizes)
     assert 3 * Hw.cost(shape, 16)["flops"] == train.flops_per_token(model, 16)
-
-
-@pytest.mark.parametrize("sizes", HW_MODELS)
-def test_hw_activations_are_what_autograd_keeps(sizes):
-    """Every storage that a block's forward pass saves for the backward one, counted once, weights and tables apart."""
-    model, shape = hw_model(**sizes)
-    B, T = 2, 16
-    weights, kept = {w.untyped_storage().data_ptr() for w in model.parameters()}, {}
-
-    def keep(x):
-        s = x.untyped_storage()
-        if s.data_ptr() not in weights and x.shape[-1:] != (shape.head_dim // 2,) and x.is_floating_point():
-            kept[s.data_ptr()] = (s.nbytes(), x)
-        return x
-    x = torch.randn(B, T, shape.dim, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        y = model.blocks[0](x, torch.arange(T))
-    assert sum(size for size, _ in kept.values()) == B * T * 4 * Hw.activation_floats(shape), y.shape
 
 
 @pytest.mark.parametrize("name,params", [("0.6B", 596_049_920), ("8B", 8_030_261_248), ("70B", 70_553_706_496),
@@ -5095,7 +5163,8 @@ def test_hw_other_kinds_of_layer():
     k = Hw.cost(Hw.MODELS["DeepSeek-V3"], 4096)
     assert k["cache"] == 61 * 576 and 670e9 < k["params"] < 672e9 and 36e9 < k["active"] < 38e9
     plain, routed = (Hw.cost(Hw.replace(Hw.MODELS["8B"], layers=letters), 1024) for letters in ("aaaa", "aAaA"))
-    assert routed["flops"] < plain["flops"] and routed["params"] == plain["params"] + 2 * 4096
+    assert routed["flops"] < plain["flops"] and routed["params"] == plain["params"] + 2 * (
+        4096 + (4096 + 1) * 512 + 513 + 1)                                   # a router and a predictor each
     state = Hw.cost(Hw.MODELS["Mamba2-1.3B"], 10)
     assert state["cache"] == 0 and state["state"] == 48 * (4096 * 128 + (4096 + 256) * 3)
 
@@ -5219,6 +5288,15 @@ def test_hw_measures_and_draws(tmp_path, monkeypatch):
     assert machine["bandwidth"] > 0 and len(rows) == len(Hw.ops(Hw.SMALL))
     assert all(r["measured"] > 0 and r["predicted"] > 0 and r["passes"] > 0 for r in rows)
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("file", ["ssm", "mod"])
+def test_hw_kernels_are_called_with_what_their_ops_accept(file):
+    """Or the table of binaries would leave them out."""
+    tensor = lambda *shape: torch.zeros(shape, requires_grad=True)
+    for config, launch in Hw.LAUNCHES[file](dict(ssm=Sm, mod=M)[file], tensor):
+        assert config
+        launch()
 
 
 def test_hw_kernels_where_there_is_no_triton(monkeypatch):
