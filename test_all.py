@@ -539,8 +539,8 @@ def ahead(launch, module, helpers, tmp_path):
     """The kernels that `launch` has a module's ops launch, compiled for chips that are not there → {chip: rows}."""
     if not A.triton:
         pytest.skip("Triton is not installed: the kernels run on Linux")
-    both = [subprocess.Popen([sys.executable, "-c", launch + AHEAD, str(i)], stdout=subprocess.PIPE, text=True, cwd=HERE,
-                             stderr=subprocess.PIPE, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
+    both = [subprocess.Popen([sys.executable, "-c", launch + AHEAD, str(i)], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=HERE)
             for i in range(2)]                                               # a core each
     rows = {}
     for process in both:
@@ -1369,6 +1369,8 @@ def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
     monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
+    monkeypatch.setattr(Sm, "train_probe", lambda *_: (1.0, 1))              # with more time it is done again
+    assert run(Sm, "--probe", "--minutes", 1, "--out", tmp_path)[1].count("100.0%") == 8
     code, _, err = run(Sm, "--probe", "--minutes", -1)
     assert code == 2 and "--minutes" in err
     code, _, err = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path / "probe.png")
@@ -4173,7 +4175,8 @@ def test_compare_says_which_to_take(trained, corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("speeds, want", [
     (dict(float32=10, int8=20, int4=40, awq=41, gptq=39), "gptq"),          # equals in speed: the one that loses least
-    (dict(float32=10, int8=90, int4=40, awq=41, gptq=39), "int8"), (dict(float32=99, int8=20, int4=40, gptq=41), "gptq")])
+    (dict(float32=10, int8=90, int4=40, awq=41, gptq=39), "int8"),
+    (dict(float32=99, int8=20, int4=40, gptq=41), "gptq")])
 def test_the_way_recommended(speeds, want):
     bits = dict(float32=1.0, int8=1.001, int4=1.009, awq=1.008, gptq=1.005)
     memory = dict(float32=4, int8=1)
