@@ -1438,6 +1438,28 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
               f"{memory:>10,.1f} MB{memory_plain:>10,.1f} MB", flush=True)
 
 
+def leave(main):
+    """Run a program and end the process with its exit code, on Ctrl-C and for a reader that has gone (`| head`), too.
+
+    One of several processes ends on the spot: gloo's threads let go of the last tensors some time after their message,
+    and abort a Python that is taking itself apart by then.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # Python will flush it once more
+        code = 141
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv=None):
     """Train the Transformer of 2017 in NumPy, show what it looks at, and hold the ops against plain torch."""
     p = argparse.ArgumentParser(prog="attention.py", description=main.__doc__)
@@ -1470,4 +1492,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -35,7 +35,6 @@ TFLOP/s beside torch's backends, and decoding beside the speed of a copy.
 """
 import argparse
 import math
-import sys
 import time
 from typing import Optional
 
@@ -44,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import (_floats, _peak_megabytes, _tanh, attention, attention_backward_numpy,
-                       attention_numpy, jit, on_kernel, tl, triton)
+                       attention_numpy, jit, leave, on_kernel, tl, triton)
 
 if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -1182,4 +1181,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

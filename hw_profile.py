@@ -435,6 +435,9 @@ def attention_pass(name, args, kwargs, into, bytes):
                 (min(block, T), min(512, S), D, B * H))
 
 
+GRAIN = 2 ** 15                                                              # numbers that torch gives a CPU's thread
+
+
 @dataclass
 class Bench:
     """What was measured: machine (train.Machine), curves of bytes/s by working set, FLOP/s by (least, mean of the other
@@ -486,7 +489,9 @@ class Bench:
             sizes, rates = zip(*self.attention[p.kind])
             return max(memory, p.flops / min(float(np.interp(p.shape[2], sizes, rates)),
                                              self.product_rate(*p.shape[:3])))
-        return max(memory, p.numbers * self.slow.get(p.kind, 0)) + p.rows * self.row
+        threads = torch.get_num_threads() if self.machine.device == "cpu" else 1
+        alone = threads / min(threads, -(-p.numbers // GRAIN) or 1)          # a few numbers are one thread's work
+        return max(memory, p.numbers * self.slow.get(p.kind, 0) * alone) + p.rows * self.row
 
     def predict(self, passes, trained):
         """Seconds of a call: its passes, and the price of calling each."""
@@ -582,12 +587,12 @@ def bench(device, bar):
         spent = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(few, keys, keys), kind)
         attention["attention few"].append((D, 8 * 2 * 256 * D * 4 / spent))
     step("slow functions, rows, calls")
-    x, y = torch.rand(128, 256, device=kind), torch.empty(128, 256, device=kind)
+    x, y = torch.rand(512, 256, device=kind), torch.empty(512, 256, device=kind)                     # for all threads
     z = x.double() if kind != "mps" else x
     each = lambda work: seconds(work, kind) / x.numel()
-    some, at = x > 0.5, torch.arange(128, device=kind)
-    line, w = torch.rand(1, 128, 256, device=kind, requires_grad=True), torch.rand(128, 1, 4, device=kind)
-    conv = lambda: torch.nn.functional.conv1d(line, w.requires_grad_(), groups=128)
+    some, at = x > 0.5, torch.arange(512, device=kind)
+    line, w = torch.rand(1, 512, 256, device=kind, requires_grad=True), torch.rand(512, 1, 4, device=kind)
+    conv = lambda: torch.nn.functional.conv1d(line, w.requires_grad_(), groups=512)
     made = conv()
     slow = dict(exp=each(lambda: torch.exp(x, out=y)), exp2=each(lambda: torch.exp2(x, out=y)),
                 silu=each(lambda: torch.nn.functional.silu(x)), log_softmax=each(lambda: torch.log_softmax(x, -1)),
@@ -595,7 +600,7 @@ def bench(device, bar):
                 pow=each(lambda: torch.pow(x, 3)), norm=each(lambda: torch.linalg.vector_norm(x, dim=-1)),
                 masked=each(lambda: y.masked_fill_(some, 0.0)), index=each(lambda: x[at]),
                 cumsum=each(lambda: x.cumsum(0)), conv=each(conv), mixed=each(lambda: some * x),
-                transposed=each(lambda: y.copy_(x.view(256, 128).T)),
+                transposed=each(lambda: y.copy_(x.view(256, 512).T)),
                 **{"conv back": each(lambda: torch.autograd.grad(made, (line, w), made, retain_graph=True))})
     wide, flat = torch.rand(1024, 64, device=kind)[:, :32], torch.rand(1024, 32, device=kind)
     out = torch.empty(1024, 32, device=kind)
@@ -1857,4 +1862,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    A.leave(main)

@@ -63,7 +63,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from attention import jit, on_kernel, tl, triton
+from attention import jit, leave, on_kernel, tl, triton
 from flash import flash_attention_varlen, flash_decode
 from train import Parser, UserError, load, measure, positive
 
@@ -3983,4 +3983,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.leave(main())
+    leave(main)

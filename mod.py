@@ -45,7 +45,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import MLP, Attention, Block, KVCache, Rotary, _milliseconds, jit, on_kernel, rotary_inv_freq, tl, triton
+from attention import (MLP, Attention, Block, KVCache, Rotary, _milliseconds, jit, leave, on_kernel, rotary_inv_freq,
+                       tl, triton)
 
 
 # --- 1. Routing, in NumPy ---------------------------------------------------------------------------------------------
@@ -762,4 +763,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, on_kernel, rms_norm, rotary_inv_freq,
-                       swiglu, tl, triton)
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, leave, on_kernel, rms_norm,
+                       rotary_inv_freq, swiglu, tl, triton)
 
 
 # --- 1. S4D: one model, three views -----------------------------------------------------------------------------------
@@ -2323,6 +2323,8 @@ def main(argv=None):
     if args.probe:
         try:
             probe(args.minutes, Path(args.out))
+        except BrokenPipeError:
+            raise
         except OSError as error:
             print(f"ssm.py: --out {args.out}: {error.strerror}", file=sys.stderr)
             return 2
@@ -2334,4 +2336,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -5318,6 +5318,15 @@ def test_programs_answer_from_a_shell(program, tmp_path):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("program", ["hw_profile.py", "train.py"])
+def test_a_reader_that_leaves_is_no_error(program, corpus, tmp_path):
+    flags = ["--validate"] if program == "hw_profile.py" else ["--data", corpus, "--steps", 1, "--out", tmp_path / "out"]
+    process = subprocess.Popen([sys.executable, "-u", HERE / program, *map(str, flags)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()                                                   # `| head -0`
+    assert process.wait(120) == 141 and b"Traceback" not in process.stderr.read()
+
+
 def readme_commands():
     """The lines of the README's shell blocks that call a program; those that make the environment are the CI's."""
     blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)

@@ -57,7 +57,7 @@ try:
 except ImportError:                                                          # Windows
     fcntl = None
 
-from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, attention, linear_cross_entropy
+from attention import MLP, Attention, Block, KVCache, RMSNorm, Rotary, attention, leave, linear_cross_entropy
 from flash import flash_attention
 from mod import MixtureOfDepths, RoutedState, agreement
 from ssm import GatedDelta, Mamba, Mamba2, MixerBlock
@@ -2220,16 +2220,5 @@ def train(args, processes):
     return 0
 
 
-def leave(code):
-    """End this process. One of several ends on the spot: gloo's threads let go of the last tensors some time after
-    their message, and abort a Python that is taking itself apart by then.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    leave(main())
+    leave(main)
