@@ -1369,8 +1369,17 @@ def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
     monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
-    monkeypatch.setattr(Sm, "train_probe", lambda *_: (1.0, 1))              # with more time it is done again
-    assert run(Sm, "--probe", "--minutes", 1, "--out", tmp_path)[1].count("100.0%") == 8
+
+    def stopped(task, *_):
+        if task == "parity":
+            raise OSError("stopped")
+        return 1.0, 1
+    monkeypatch.setattr(Sm, "train_probe", stopped)                          # with more time it is done again
+    assert run(Sm, "--probe", "--minutes", 1, "--out", tmp_path)[0] == 2
+    assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8     # and nothing is lost meanwhile
+    monkeypatch.setattr(Sm, "train_probe", lambda *_: (0.5, 1))
+    out = run(Sm, "--probe", "--minutes", 1, "--out", tmp_path)[1]
+    assert out.count("100.0%") == out.count(" 50.0%") == 4
     code, _, err = run(Sm, "--probe", "--minutes", -1)
     assert code == 2 and "--minutes" in err
     code, _, err = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path / "probe.png")
