@@ -1439,8 +1439,9 @@ def is_its_definition(case, tensors, dtype=torch.float32, tolerance=None, cu=Non
         want = torch.as_tensor(want)
         got = torch.zeros_like(want, dtype=exact) if got is None else got    # there was nothing to learn from
         assert got.shape == want.shape and bool(torch.isfinite(got).all())
-        if got.numel():
-            error = (got.double() - want).abs().max().item() / max(want.abs().max().item(), 1e-30)
+        if got.numel():                                                      # a few sums in float16 may all nearly
+            least = 0.5 if dtype == torch.float16 and got.numel() < 16 else 1e-30                    # cancel, of terms
+            error = (got.double() - want).abs().max().item() / max(want.abs().max().item(), least)   # of about 1
             assert error <= tolerance, f"number {i} is off by {error:.1e}"
 
 
@@ -2670,7 +2671,7 @@ def same_run(one, other):
 def one_process(corpus, tmp_path_factory):
     """A run of one process in pieces of two windows: (its program, its arguments, its folder)."""
     out = tmp_path_factory.mktemp("one")
-    program = "import sys, train; train.MICRO_TOKENS = 64; train.leave(train.main(sys.argv[1:]))"           # 2 windows
+    program = "import sys, train; train.MICRO_TOKENS = 64; train.leave(lambda: train.main(sys.argv[1:]))"    # 2 windows
     arguments = ("--data", corpus, *SMALL, "--steps", 12)
     one = start(program, *arguments, "--out", out)
     assert one.wait(120) == 0, one.stdout.read()
@@ -2700,7 +2701,7 @@ def test_a_cut_run_goes_on_where_it_stopped(one_process, tmp_path):
                "step = train.Run.gradients\n"
                "def gradients(run, hidden):\n    if run.step == 6: raise KeyboardInterrupt\n"
                "    run.save() if run.step == 5 else None\n    return step(run, hidden)\n"
-               "train.Run.gradients = gradients; train.leave(train.main(sys.argv[1:]) and 0)")
+               "train.Run.gradients = gradients; train.leave(lambda: train.main(sys.argv[1:]) and 0)")
     pair(halfway, *arguments, "--shard", "--out", tmp_path)
     assert train.read_state(tmp_path)["step"] == 5
     shutil.copytree(tmp_path, tmp_path / "alone")
@@ -4397,7 +4398,7 @@ def test_constraints_from_the_command_line(trained):
 
 # --- 14. Several processes divide a model -----------------------------------------------------------------------------
 
-INFER = "import sys, infer, train; train.leave(infer.main(sys.argv[1:]))"
+INFER = "import sys, infer, train; train.leave(lambda: infer.main(sys.argv[1:]))"
 
 
 def test_two_processes_write_what_one_writes(corpus, tmp_path):
@@ -5329,7 +5330,7 @@ def test_programs_answer_from_a_shell(program, tmp_path):
 
 @pytest.mark.parametrize("program", ["hw_profile.py", "train.py"])
 def test_a_reader_that_leaves_is_no_error(program, corpus, tmp_path):
-    flags = ["--validate"] if program == "hw_profile.py" else ["--data", corpus, "--steps", 1, "--out", tmp_path / "out"]
+    flags = ["--validate"] if program == "hw_profile.py" else ["--data", corpus, "--steps", 1, "--out", tmp_path]
     process = subprocess.Popen([sys.executable, "-u", HERE / program, *map(str, flags)], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.stdout.close()                                                   # `| head -0`
