@@ -3549,7 +3549,8 @@ def test_the_command_line_streams_the_continuation(trained, monkeypatch):
     assert "".join(llm(trained).stream("def f(", temperature=0, max_tokens=12)) == wanted.text
     code, out, err = run(infer, "def f(", "--model", trained, "--n", 2, "--seed", 1, "--max-tokens", 5)
     assert code == 0 and "2 of 2" in err
-    (choices,) = llm(trained).generate("def f(", temperature=0.8, min_p=0.1, n=2, seed=1, max_tokens=5)
+    like = dict(temperature=train.TEMPERATURE, min_p=train.MIN_P)
+    (choices,) = llm(trained).generate("def f(", **like, n=2, seed=1, max_tokens=5)
     assert out == "".join(c.text + "\n" for c in choices)
     half = wanted.text[2:6]
     out = run(infer, "def f(", "--model", trained, "--temperature", 0, "--max-tokens", 12, "--stop", half)[1]
