@@ -1099,10 +1099,10 @@ class RowState:
         seen = place <= self.positions[:, None]
         if window is not None:
             seen = seen & (place > self.positions[:, None] - window)
-        q = q.reshape(B, G, H // G, 1, D) * D ** -0.5                        # as sums, which a compiler fuses: for one
-        scores = (q * self.keys[:, :, None]).sum(-1)                         # row less than half of a kernel's time
+        wide = q.reshape(B, G, H // G, 1, D).float() * D ** -0.5             # as sums, which a compiler fuses: for one
+        scores = (wide * self.keys[:, :, None]).sum(-1)                      # row less than half of a kernel's time
         p = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-        return (p[..., None] * self.values[:, :, None]).sum(-2).reshape(B, H, 1, D)
+        return (p[..., None] * self.values[:, :, None]).sum(-2).to(q.dtype).reshape(B, H, 1, D)
 
 
 class Pages:

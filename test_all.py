@@ -4025,12 +4025,12 @@ def test_the_int4_layer_gives_what_its_weights_say(I, O, group, bias):
                 assert (np.abs(layer(x).double().numpy() - wanted) <= (0.012 if rounded else 1e-5) * unit).all()
 
 
-def stack(letters, tmp_path, tied=False, dim=64, hidden=192):
+def stack(letters, tmp_path, tied=False, dim=64, hidden=192, seed=1):
     """A small model of ours of any layers, with random weights, as a folder."""
     tokenizer = train.make_tokenizer("bytes", 257, [])
     raw = train.our_config(letters, dim, 2, 1, tokenizer.vocab_size, 64, tokenizer.eos_ids)
     model = train.Model(train.parse_config(raw | dict(tie_word_embeddings=tied, intermediate_size=hidden)))
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         model.initialize(0)
         for w in model.parameters():
@@ -4040,7 +4040,7 @@ def stack(letters, tmp_path, tied=False, dim=64, hidden=192):
             if hasattr(block, "predictor"):
                 block.predictor[-1].bias.fill_(9.0)                              # every token is chosen
     folder = tmp_path / f"{letters}{tied}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     train.save(model.eval(), tokenizer, folder)
     return folder
 
@@ -4158,6 +4158,39 @@ def test_a_layer_without_a_usable_hessian_is_rounded_and_named(tmp_path):
     model.blocks[1].mlp_norm.weight.data[0] = math.nan
     told = infer.compress(model, "gptq", 64, CODE)
     assert "blocks.1.mlp.gate_up" in told["nearest"] and "blocks.0.mlp.gate_up" not in told["nearest"]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])           # one rounding
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_a_row_attends_as_the_definition_says(dtype, tolerance, window):
+    """Rows filled to different places, grouped heads; sums of bfloat16 are made in float32."""
+    B, H, G, T, D = 3, 6, 2, 64, 10
+    q, k, v = ((3 * randn(B, n, 1, D, seed=i)).to(dtype) for i, n in enumerate((H, G, G)))
+    keys, values = (randn(B, G, T, D, seed=i).to(dtype) for i in (5, 6))
+    positions = torch.tensor([0, 9, T - 1])
+    y = infer.RowState(positions, keys, values).attend(q, k, v, None, window)
+    assert y.dtype == dtype
+    for b, last in enumerate(positions.tolist()):
+        assert torch.equal(keys[b, :, last], k[b, :, 0]) and torch.equal(values[b, :, last], v[b, :, 0])
+        seen = slice(max(0, last + 1 - (window or T)), last + 1)
+        want = A.attention_numpy(*(x.double().numpy() for x in (q[b:b + 1], keys[b:b + 1, :, seen],
+                                                                values[b:b + 1, :, seen])), causal=False)
+        error = np.abs(y[b:b + 1].double().numpy() - want).max() / np.abs(want).max()
+        assert error < tolerance
+
+
+def test_compiled_models_keep_apart(tmp_path):
+    """Their steps check no guards, so nothing but the model itself may choose the graph."""
+    if not train.compiler_there():
+        pytest.skip("no compiler")
+    texts = []
+    for compile in (False, True):
+        models = [infer.LLM(stack("a", tmp_path / f"{seed} {hidden}", seed=seed, hidden=hidden), compile=compile,
+                            max_num_seqs=1, num_blocks=4, prefix_caching=False)
+                  for seed, hidden in ((0, 192), (1, 192), (2, 128))]
+        texts.append([m.generate([[5, 6]], max_tokens=8, temperature=0)[0].tokens for m in models + models])
+        assert not compile or all(m.graphs for m in models)
+    assert texts[0] == texts[1] and len(set(map(tuple, texts[0]))) == 3
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -4315,6 +4348,16 @@ SCHEMAS = [
      "$ref": "#/$defs/tree"},
     {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 100},
 ]
+
+
+def test_a_constraint_is_its_own_texts_alone(trained):
+    """Free and bound texts in one batch, a free one first: each is what it is alone."""
+    patterns, m = [None, "[0-9]{4}", None, "[a-c]+", None], llm(trained)
+    seeds = list(range(len(patterns)))
+    together = m.generate(["x = "] * len(patterns), regex=patterns, seed=seeds, max_tokens=12)
+    for pattern, seed, r in zip(patterns, seeds, together):
+        (single,) = m.generate("x = ", regex=pattern, seed=seed, max_tokens=12)
+        assert r.tokens == single.tokens and (pattern is None or re.fullmatch(pattern, r.text))
 
 
 @pytest.mark.parametrize("options", [{}, dict(draft="ngram", max_num_batched_tokens=5, num_blocks=40)], ids=str)
