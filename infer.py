@@ -1344,8 +1344,8 @@ class RowsState:
 
 def chosen_counts(keep, counts):
     """keep [1, N] bool, tokens of each segment → which segments have chosen ones, how many, and where in each."""
-    parts = np.split(keep[0].numpy(force=True), np.cumsum(counts)[:-1])
-    each = [np.flatnonzero(part) for part in parts]
+    keep = keep[0].numpy(force=True)
+    each = [np.flatnonzero(keep[end - n:end]) for n, end in zip(counts, itertools.accumulate(counts))]
     return [(i, places) for i, places in enumerate(each) if len(places)]
 
 

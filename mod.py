@@ -397,10 +397,10 @@ class MixtureOfDepths(nn.Module):
         else:
             cut = _quantile(scores.detach(), 1 - self.capacity) if self.training else torch.zeros_like(scores[0])
             keep = self.decide(flat, scores, self.bar(cut)).cpu()            # the one wait for a GPU
-            rows = keep.nonzero()[:, 0].to(x.device)
             inner = (state or self.apart(B)).chosen(keep.view(B, T))
             if inner is None:                                                # none: and no wait for the block
                 return x
+            rows = keep.nonzero()[:, 0].to(x.device)
             packed = (1, len(rows))
         at = (positions if positions.ndim == 2 else positions.expand(B, T)).reshape(-1)[rows].view(packed)
         some = gather_rows(flat, rows)
@@ -430,7 +430,7 @@ class MixtureOfDepths(nn.Module):
     def predicted(self, x, scores, bar):
         """The predictor's logits [N], from the token and from its score above θ."""
         first, last = self.predictor
-        x = F.silu(first(F.rms_norm(x, x.shape[-1:])))
+        x = F.silu(first(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)))
         return last(torch.cat([x, (scores - bar)[:, None].to(x.dtype)], dim=-1))[:, 0]
 
     def learn(self, x, scores, rows, bar):

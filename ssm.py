@@ -639,7 +639,7 @@ def _piecewise_forward(u, dt, A, B, C, state):
     for i in range(len(u)):
         a = (dt[i, ..., None] * A).exp_()
         h = torch.addcmul(a.mul_(h), u[i, ..., None], B[i, ..., None, :])
-        torch.matmul(C[i, ..., None, :], h.mT, out=y[i][..., None, :])       # a row: as a column it takes 3 times as long
+        torch.matmul(C[i, ..., None, :], h.mT, out=y[i][..., None, :])       # a row: a column takes 3 times as long
     passed = dt.cumsum(0)
     entered, after = _carry_on((passed[-1, ..., None] * A).exp_(), h, state)
     for i in range(len(u)):
@@ -825,10 +825,12 @@ def ssd_mask_numpy(x, dt, A, B, C, D=None):
 
 
 # The chunked form. Its text stands in operations that NumPy and torch share, so the same lines are the definition, the
-# backward pass, and what a CPU runs: a block of m chunks at a time, in the layout [B, m, G, R, l, ...].
+# backward pass, and what a CPU runs. All is cut in M chunks, [B, M, G, R, l, ...]; what has as many numbers as a state
+# or as a chunk's mask is made for a block of m chunks at a time, and stays in the cache.
 
 FLOOR = -1000.0                                                              # e^−1000 is 0 in any dtype
 LOG2E = math.log2(math.e)                                                    # e^x = 2^(x log₂e), and 2^x is fast
+BLOCK = 2 ** 17                                                              # numbers a thread at a time: in its cache
 
 
 def _double(x):
@@ -841,15 +843,36 @@ def _like(x, y):
     return x.astype(y.dtype) if isinstance(x, np.ndarray) else x.to(y)
 
 
+def _each(x):
+    """[B, m, ...] → m times [B, ...]."""
+    return x.swapaxes(0, 1) if isinstance(x, np.ndarray) else x.unbind(1)
+
+
 def _stack(states):
     return (np if isinstance(states[0], np.ndarray) else torch).stack(states, 1)
 
 
-def _differences(G, g):
-    """G [..., l, 1] → G_i − G_j [..., l, l], rounded to g's dtype."""
+def _room(like, *shape):
+    """Empty, in order in memory."""
+    return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+
+
+def _states(S, m):
+    """Room for S [B, ...] and m more, one after the other in memory → [B, m + 1, ...]."""
+    return _room(S, m + 1, *S.shape).swapaxes(0, 1)
+
+
+def _times(x, y):
+    """x · y, in order in memory."""
+    return (np if isinstance(x, np.ndarray) else torch).multiply(x, y, out=_room(x, *x.shape))
+
+
+def _differences(G, like):
+    """G [..., l, 1] → G_i − G_j [..., l, l], rounded to like's dtype."""
+    columns = G.swapaxes(-1, -2)
     if isinstance(G, np.ndarray):
-        return (G - G.swapaxes(-1, -2)).astype(g.dtype)
-    return torch.sub(G, G.mT, out=torch.empty(*G.shape[:-1], G.shape[-2], dtype=g.dtype, device=G.device)).to(g)
+        return (G - columns).astype(like.dtype)
+    return torch.sub(G, columns, out=G.new_empty(*G.shape[:-1], G.shape[-2], dtype=like.dtype)).to(like)
 
 
 def _plus(y, a, b):
@@ -861,48 +884,55 @@ def _plus(y, a, b):
     return three(y).baddbmm_(three(a), three(b)).view(y.shape)
 
 
-def _carry(across, S, new, out):
-    """Step 3: across · S + new, into out."""
-    if isinstance(S, np.ndarray):
-        return np.add(across * S, new, out=out)
-    return torch.addcmul(new, across, S, out=out)
+def _add(y, a, b):
+    """y + a · b, into y."""
+    if isinstance(y, np.ndarray):
+        y += a * b
+        return y
+    return y.addcmul_(a, b)
 
 
 def decays(g):
-    """Log decays g [..., l] of a chunk's steps → what is left
-    within [..., l, l]  of step j's input at step i, 0 for j > i       leave  [..., l, 1]  of step j's input at the end
-    enter  [..., l, 1]  of the entering state at step i                across [..., 1, 1]  of that state at the end
+    """Log decays g [..., l, 1] of a chunk's steps → G, their running sum, and what is left
+    enter  [..., l, 1]  of the entering state at step i                leave  [..., l, 1]  of step i's input at the end
+    across [..., 1, 1]  of the entering state at the end
 
     A running sum in float64 of terms that are not below FLOOR is good to 1e-11, so here differences are exact enough.
     """
-    xp, l = np if isinstance(g, np.ndarray) else torch, g.shape[-1]
-    G = xp.cumsum(_double(g.clip(min=FLOOR)) * LOG2E, -1)[..., None]         # [..., l, 1]
-    within, end = _differences(G, g), G[..., -1:, :]
-    within += _like(xp.triu(xp.full((l, l), -xp.inf), 1), g)                 # masked before exp: e^large is no number
-    return xp.exp2(within, out=within), *(xp.exp2(_like(x, g)) for x in (G, end - G, end))
+    xp = np if isinstance(g, np.ndarray) else torch
+    G = xp.cumsum(_double(g.clip(min=FLOOR)) * LOG2E, -2)
+    enter, leave = (xp.exp2(_like(x, g)) for x in (G, G[..., -1:, :] - G))
+    return G, enter, leave, enter[..., -1:, :]
 
 
-def chunk_states(k, v, decay, S):
-    """Steps 2 and 3. k [B, m, G, 1, l, N], v [B, m, G, R, l, P], S [B, G, R, N, P] → entering states [B, m, ...], S."""
-    _, _, leave, across = decay
-    return _scan(across, S, (k * leave).swapaxes(-1, -2) @ v)
+def _of_block(decay, c):
+    """`decays` of the chunks c; instead of G, within [..., l, l]: what is left at step i of step j's input."""
+    G, enter, leave, across = (a[:, c] for a in decay)
+    xp, l, within = np if isinstance(G, np.ndarray) else torch, G.shape[-2], _differences(G, enter)
+    within += _like(xp.triu(xp.full((l, l), -xp.inf), 1), enter)             # masked before exp: e^large is no number
+    return xp.exp2(within, out=within), enter, leave, across
 
 
-def chunk_states_backward(q, dy, decay, dS):
-    """dS of the state at the end → of that at each chunk's end [B, m, ...], and of the first: the same, read backwards.
+def chunk_states(k, v, decay, states):
+    """Steps 2 and 3. k [B, m, G, 1, l, N], v [B, m, G, R, l, P], states [B, m + 1, G, R, N, P]: the first is given, the
+    others get their places. States before the chunks are states[:, :-1], after them states[:, 1:].
     """
+    _, _, leave, across = decay
+    _scan(states, across, (k * leave).swapaxes(-1, -2), v)
+
+
+def chunk_states_backward(q, dy, decay, dstates):
+    """Of dstates the last is given, the others get their places: the same, read backwards."""
     _, enter, _, across = decay
-    return _scan(across, dS, (q * enter).swapaxes(-1, -2) @ dy, -1)
+    _scan(dstates, across, (q * enter).swapaxes(-1, -2), dy, -1)
 
 
-def _scan(across, S, new, way=1):
-    """new [B, m, ...] → S before each, S after all, from the first chunk to the last or back."""
-    before = (np if isinstance(S, np.ndarray) else torch).empty_like(new)
-    order = range(new.shape[1])[::way]
-    before[:, order[0]] = S
-    for c, after in zip(order, order[1:]):
-        S = _carry(across[:, c], S, new[:, c], before[:, after])
-    return before, _carry(across[:, order[-1]], S, new[:, order[-1]], None)
+def _scan(states, across, a, b, way=1):
+    """S' = across · S + a @ b, from the first state to the last; or, way = −1, from the last to the first."""
+    (np if isinstance(a, np.ndarray) else torch).matmul(a, b, out=states[:, 1:] if way > 0 else states[:, :-1])
+    each = _each(states)[::way]
+    for fade, before, after in zip(_each(across)[::way], each, each[1:]):
+        _add(after, fade, before)
 
 
 def chunk_out(q, k, v, decay, S):
@@ -911,58 +941,57 @@ def chunk_out(q, k, v, decay, S):
     return _plus((q @ k.swapaxes(-1, -2) * within) @ v, q * enter, S)
 
 
-def chunk_out_backward(q, k, v, decay, S, dy, dS):
-    """dy as v, dS of the chunk's last state → dq, dk, dv, dg [..., R, l]."""
+def chunk_u_backward(products, decay, dy):
+    """products q kᵀ [..., 1, l, l], dy as v → dv by way of the chunk's own y."""
+    return (products * decay[0]).swapaxes(-1, -2) @ dy
+
+
+def chunk_out_backward(q, k, v, products, decay, S, dy, dS):
+    """dy as v, dS of the chunk's last state, which is used up → dq, dk, and what `gradient_of_decays` takes."""
     within, enter, leave, across = decay
-    xp = np if isinstance(q, np.ndarray) else torch
-    products = q @ k.swapaxes(-1, -2)
     dscores = dy @ v.swapaxes(-1, -2)                                        # [..., R, l, l]
     dscores *= within
-    dproducts = dscores.sum(-3, keepdims=True)                               # over the heads of a group, as dq and dk
-    dv = _plus((products * within).swapaxes(-1, -2) @ dy, k * leave, dS)
-    dq_enter, dk_leave = dy @ S.swapaxes(-1, -2), v @ dS.swapaxes(-1, -2)    # [..., R, l, N]
-    dq_enter *= enter
-    dk_leave *= leave
-    dq = dproducts @ k + dq_enter.sum(-3, keepdims=True)
-    dk = dproducts.swapaxes(-1, -2) @ q + dk_leave.sum(-3, keepdims=True)
-    dscores *= products
-    dg = sums_of_segments(xp.tril(dscores, -1)) + sums_of_ends(
-        (dq_enter * q).sum(-1), (dk_leave * k).sum(-1), across[..., 0, 0] * (S * dS).sum(-1).sum(-1))
-    return dq, dk, dv, _like(dg, q)
+    dproducts = _over_heads(dscores)
+    dscores *= (np if isinstance(q, np.ndarray) else torch).tril(products, -1)
+    dq_heads, dk_heads = dy @ S.swapaxes(-1, -2), v @ dS.swapaxes(-1, -2)    # [..., R, l, N]
+    dq_heads *= enter
+    dk_heads *= leave
+    dq = _plus(_over_heads(dq_heads), dproducts, k)
+    dk = _plus(_over_heads(dk_heads), dproducts.swapaxes(-1, -2), q)
+    dq_heads *= q
+    dk_heads *= k
+    dS *= S
+    return dq, dk, (dscores.sum(-1) - dscores.sum(-2), dq_heads.sum(-1), dk_heads.sum(-1),
+                    across[..., 0, 0] * dS.sum((-2, -1)))
 
 
-def sums_of_segments(d):
-    """Gradient of segment sums d [..., l, l] → of g_m [..., l]: all (i, j) with j < m ≤ i, as Σ_{i≥m} (its row − its
-    column), in which those with m ≤ j cancel. The diagonal, sums of nothing, must not even be there to cancel.
+def _over_heads(x):
+    """[..., R, l, N] → [..., 1, l, N]: the sum over the heads of a group, which share q and k."""
+    return x.sum(-3, keepdims=True)
+
+
+def gradient_of_decays(within, enter, leave, across):
+    """From the gradients of the logarithms of `decays` and of `within` → dg [..., l].
+
+    Of within's, g_m has all (i, j) with j < m ≤ i: Σ_{i≥m} (sum of row i − sum of column i), in which those with m ≤ j
+    cancel; the diagonal, sums of nothing, must not even be there to cancel. within holds these differences. Of the
+    others, enter's from m on, and leave's before m.
     """
-    return _from_here(_double(d.sum(-1)) - _double(d.sum(-2)))
-
-
-def sums_of_ends(enter, leave, across):
-    """Gradients of the logarithms of `decays`' other three → of g [..., l]."""
-    leave = _double(leave)
-    return _from_here(_double(enter)) + leave.cumsum(-1) - leave + _double(across)[..., None]
-
-
-def _from_here(a):
-    """Σ_{i≥m} a_i, for each m."""
-    return a.sum(-1)[..., None] - a.cumsum(-1) + a
+    like, within, enter, leave, across = within, *map(_double, (within, enter, leave, across))
+    later = within + enter
+    each = later - leave
+    return _like((later.sum(-1) + across)[..., None] - each.cumsum(-1) + each, like)
 
 
 def _chunks(x, m, G):
-    """[B, m · l, G · R, ...] → [B, m, G, R, l, ...]."""
-    return x.reshape(x.shape[0], m, x.shape[1] // m, G, -1, *x.shape[3:]).swapaxes(2, 3).swapaxes(3, 4)
+    """[B, m · l, G · R, ...] → [B, m, G, R, l, ...], as it lies."""
+    x = x.reshape(x.shape[0], m, x.shape[1] // m, G, -1, *x.shape[3:])
+    return (np if isinstance(x, np.ndarray) else torch).moveaxis(x, 2, 4)
 
 
 def _laid(x):
     """In order in memory."""
-    return x if isinstance(x, np.ndarray) else x.contiguous()
-
-
-def _tokens(x):
-    """[B, m, G, R, l, ...] → [B, m · l, G · R, ...]."""
-    B, m, G, R, l = x.shape[:5]
-    return x.swapaxes(3, 4).swapaxes(2, 3).reshape(B, m * l, G * R, *x.shape[5:])
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x.contiguous()
 
 
 def _grouped(state, G):
@@ -975,51 +1004,80 @@ def _ungrouped(S):
     return S.swapaxes(-1, -2).reshape(B, G * R, P, N)
 
 
-def _ssd_parts(x, dt, A, B, C, m):
-    """→ q, k, x, dt in chunks, and decays."""
-    x, dt, g, B, C = (_chunks(a, m, B.shape[2]) for a in (x, dt[..., None], dt * A, B, C))
-    return _laid(C), _laid(B), _laid(x), dt, decays(g)
+def _blocks(v, N):
+    """v [B, M, G, R, l, P], N numbers of k → slices of the M chunks."""
+    B, M, G, R, l, P = v.shape
+    m = max(1, BLOCK * torch.get_num_threads() // (B * G * R * l * max(N, P)))
+    return [slice(c, min(c + m, M)) for c in range(0, M, m)]
 
 
-def ssd_block(x, dt, A, B, C, D, S, m):
-    """m chunks: x [B, m · l, H, P] …, S [B, G, R, N, P] → y, the state that enters each chunk [B, m, ...], S."""
-    q, k, u, step, decay = _ssd_parts(x, dt, A, B, C, m)
-    v = u * step
-    states, S = chunk_states(k, v, decay, S)
-    y = _tokens(chunk_out(q, k, v, decay, states))
+def _whole(blocks):
+    """Blocks of chunks, the last block first → all chunks [B, M, ...]."""
+    return (np if isinstance(blocks[0], np.ndarray) else torch).concatenate(blocks[::-1], 1)
+
+
+def _by_head(a, G):
+    """A or D [H] → [G, R, 1, 1]."""
+    return a.reshape(G, -1, 1, 1)
+
+
+def ssd_chunks(x, dt, A, B, C, D, S, M):
+    """M chunks, S [B, G, R, N, P] → y as x, and what the way back takes: decays and states, the last S among them."""
+    y, G, states = _room(x, *x.shape), B.shape[2], _states(S, M)
+    out, x, step, k, q = (_chunks(a, M, G) for a in (y, x, dt[..., None], B, C))
+    decay, states[:, 0] = decays(_times(step, _by_head(A, G))), S
+    for c in _blocks(x, k.shape[-1]):
+        own, k_, q_, v = _of_block(decay, c), _laid(k[:, c]), _laid(q[:, c]), _times(x[:, c], step[:, c])
+        chunk_states(k_, v, own, states[:, c.start:c.stop + 1])
+        out[:, c] = chunk_out(q_, k_, v, own, states[:, c])
     if D is not None:
-        y += D[:, None] * x
-    return y, states, S
+        out += _by_head(D, G) * x
+    return y, (*decay, states)
 
 
-def ssd_block_backward(x, dt, A, B, C, D, states, dy, dS, m):
+def ssd_chunks_backward(x, dt, A, B, C, D, kept, dy, dS, M):
     """dS of the last state → dx, ddt, dA, dB, dC, dD, and dS of the first."""
-    H, (q, k, u, step, decay) = x.shape[2], _ssd_parts(x, dt, A, B, C, m)
-    dy_chunks = _laid(_chunks(dy, m, B.shape[2]))
-    dstates, dS = chunk_states_backward(q, dy_chunks, decay, dS)
-    dq, dk, dv, dg = chunk_out_backward(q, k, u * step, decay, states, dy_chunks, dstates)
-    dx, dg = _tokens(dv * step), _tokens(dg)
-    ddt, dA = _tokens((dv * u).sum(-1)) + dg * A, (dg * dt).reshape(-1, H).sum(0)
+    G, (dx, ddt, dB, dC), (*decay, states), sums = B.shape[2], (_room(a, *a.shape) for a in (x, dt, B, C)), kept, []
+    x, step, k, q, dy, du, dk, dq = (_chunks(a, M, G) for a in (x, dt[..., None], B, C, dy, dx, dB, dC))
+    for c in _blocks(x, k.shape[-1])[::-1]:
+        own, v, k_, q_, dy_ = _of_block(decay, c), _times(x[:, c], step[:, c]), *(_laid(a[:, c]) for a in (k, q, dy))
+        dstates = _states(dS, c.stop - c.start)
+        dstates[:, -1] = dS
+        chunk_states_backward(q_, dy_, own, dstates)
+        dS, products = dstates[:, 0], q_ @ k_.swapaxes(-1, -2)
+        dv = _plus(chunk_u_backward(products, own, dy_), k_ * own[2], dstates[:, 1:])
+        dq[:, c], dk[:, c], parts = chunk_out_backward(q_, k_, v, products, own, states[:, c], dy_, dstates[:, 1:])
+        du[:, c] = dv * step[:, c]
+        dv *= x[:, c]
+        sums.append((*parts, dv.sum(-1)))
+    *parts, by_step = map(_whole, zip(*sums))
+    dg, over_time = gradient_of_decays(*parts), lambda d: d.sum((0, 1, 4)).reshape(-1)
+    _chunks(ddt, M, G)[:] = _add(by_step, dg, _by_head(A, G)[..., 0])
+    dD = None
     if D is not None:
-        dx += D[:, None] * dy
-    dD = None if D is None else (dy * x).sum(-1).reshape(-1, H).sum(0)
-    return dx, ddt, dA, _tokens(dk), _tokens(dq), dD, dS
+        du += _by_head(D, G) * dy
+        dD = over_time((dy * x).sum(-1))
+    return dx, ddt, over_time(dg * step[..., 0]), dB, dC, dD, dS
 
 
 def _padded(tensors, l):
-    """Zeros to a multiple of l tokens, which add nothing, and whose decay, e⁰, keeps the state → them, chunks."""
+    """T tokens → M chunks of one length, at most l: zeros at the end add nothing, and their decay, e⁰, keeps the state.
+    """
     T = tensors[0].shape[1]
-    m = max(1, -(-T // l))
-    return [np.pad(a, [(0, 0), (0, m * l - T)] + [(0, 0)] * (a.ndim - 2)) for a in tensors], m
+    M = max(1, -(-T // l))
+    more = max(1, -(-T // M)) * M - T
+    if isinstance(tensors[0], np.ndarray):
+        return [np.pad(a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2)) for a in tensors], M
+    return [F.pad(a, [0, 0] * (a.ndim - 2) + [0, more]) if more else a for a in tensors], M
 
 
 def ssd_chunked_numpy(x, dt, A, B, C, D=None, chunk=64, state=None):
     """The chunked form: arguments and results as `ssd`."""
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     state = np.zeros((b, H, P, N), x.dtype) if state is None else state
-    (x, dt, B, C), m = _padded((x, dt, B, C), chunk)
-    y, _, S = ssd_block(x, dt, A, B, C, D, _grouped(state, G), m)
-    return y[:, :T], _ungrouped(S)
+    (x, dt, B, C), M = _padded((x, dt, B, C), chunk)
+    y, kept = ssd_chunks(x, dt, A, B, C, D, _grouped(state, G), M)
+    return y[:, :T], _ungrouped(kept[-1][:, -1])
 
 
 def ssd_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, chunk=64, *, grad):
@@ -1028,9 +1086,9 @@ def ssd_backward_numpy(x, dt, A, B, C, D=None, state=None, cu_seqlens=None, chun
         return _pack_backward_numpy(ssd_backward_numpy, (x, dt, A, B, C, D), (0, 1, 3, 4), state, cu_seqlens, grad)
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     first = np.zeros((b, H, P, N), x.dtype) if state is None else state
-    (x, dt, B, C, dy), m = _padded((x, dt, B, C, grad[0]), chunk)
-    _, states, _ = ssd_block(x, dt, A, B, C, D, _grouped(first, G), m)
-    dx, ddt, dA, dB, dC, dD, dS = ssd_block_backward(x, dt, A, B, C, D, states, dy, _grouped(grad[1], G), m)
+    (x, dt, B, C, dy), M = _padded((x, dt, B, C, grad[0]), chunk)
+    _, kept = ssd_chunks(x, dt, A, B, C, D, _grouped(first, G), M)
+    dx, ddt, dA, dB, dC, dD, dS = ssd_chunks_backward(x, dt, A, B, C, D, kept, dy, _grouped(grad[1], G), M)
     more = [d for d, given in ((dD, D), (_ungrouped(dS), state)) if given is not None]
     return dx[:, :T], ddt[:, :T], dA, dB[:, :T], dC[:, :T], *more
 
@@ -1097,7 +1155,9 @@ def wy(k, v, beta, decay):
 
 
 def wy_backward(k, v, beta, decay, A, T, u, S, du):
-    """(I + A) u = β (v − γ k S), in reverse → dk, dv, dbeta, dg; S's part is in `delta_states_backward`."""
+    """(I + A) u = β (v − γ k S), in reverse → dk, dv, dbeta, and for `gradient_of_decays` within and enter; S's part is
+    in `delta_states_backward`.
+    """
     within, enter, _, _ = decay
     xp = np if isinstance(k, np.ndarray) else torch
     z = T.swapaxes(-1, -2) @ du                                              # the gradient of the right side
@@ -1107,19 +1167,18 @@ def wy_backward(k, v, beta, decay, A, T, u, S, du):
     dbeta = (z * (v - read)).sum(-1) + (dproducts * (k @ k.swapaxes(-1, -2))).sum(-1)
     dproducts *= beta
     dk = dproducts @ k + dproducts.swapaxes(-1, -2) @ k - beta * enter * (z @ S.swapaxes(-1, -2))
-    dg = sums_of_segments(dA * A) + _from_here(_double(-(beta * z * read).sum(-1)))
-    return dk, beta * z, dbeta, _like(dg, k)
+    d = dA * A
+    return dk, beta * z, dbeta, (d.sum(-1) - d.sum(-2), -(beta * z * read).sum(-1))
 
 
-def delta_states(k, u, w, decay, S):
-    """Steps 2 and 3 with erase: u₀ [B, m, H, 1, l, V], S [B, H, 1, K, V] → u, entering states [B, m, ...], S."""
+def delta_states(k, u, w, decay, states):
+    """Steps 2 and 3 with erase: u₀ [B, m, H, 1, l, V], states [B, m + 1, H, 1, K, V] as of `chunk_states` → u."""
     _, _, leave, across = decay
-    k_leave, us, states = (k * leave).swapaxes(-1, -2), [], []
+    k_leave, us = (k * leave).swapaxes(-1, -2), []
     for c in range(k.shape[1]):
-        states.append(S)
-        us.append(u[:, c] - w[:, c] @ S)
-        S = across[:, c] * S + k_leave[:, c] @ us[c]
-    return _stack(us), _stack(states), S
+        us.append(u[:, c] - w[:, c] @ states[:, c])
+        states[:, c + 1] = across[:, c] * states[:, c] + k_leave[:, c] @ us[c]
+    return _stack(us)
 
 
 def delta_states_backward(q, k, w, du, dy, decay, dS):
@@ -1133,34 +1192,44 @@ def delta_states_backward(q, k, w, du, dy, decay, dS):
     return _stack(dus[::-1]), _stack(dstates[::-1]), dS
 
 
-def delta_block(q, k, v, decay, beta, S, m):
-    """m chunks: q [B, m · l, H, K] …, S [B, H, 1, K, V] → y, the state that enters each chunk [B, m, ...], S."""
-    q, k, v, decay, beta = (_laid(_chunks(a, m, a.shape[2])) for a in (q, k, v, decay, beta[..., None]))
-    decay = decays(decay)
-    _, _, u, w = wy(k, v, beta, decay)
-    u, states, S = delta_states(k, u, w, decay, S)
-    return _tokens(chunk_out(q, k, u, decay, states)), states, S
+def delta_chunks(q, k, v, decay, beta, S, M):
+    """M chunks, S [B, H, 1, K, V] → y as v, and what the way back takes: decays and states, the last S among them."""
+    y, states = _room(v, *v.shape), _states(S, M)
+    out, q, k, v, decay, beta = (_chunks(a, M, a.shape[2]) for a in (y, q, k, v, decay, beta[..., None]))
+    decay, states[:, 0] = decays(_laid(decay)[..., None]), S
+    for c in _blocks(v, k.shape[-1]):
+        own, (q_, k_, v_, beta_) = _of_block(decay, c), (_laid(a[:, c]) for a in (q, k, v, beta))
+        _, _, u, w = wy(k_, v_, beta_, own)
+        u = delta_states(k_, u, w, own, states[:, c.start:c.stop + 1])
+        out[:, c] = chunk_out(q_, k_, u, own, states[:, c])
+    return y, (*decay, states)
 
 
-def delta_block_backward(q, k, v, decay, beta, states, dy, dS, m):
+def delta_chunks_backward(q, k, v, decay, beta, kept, dy, dS, M):
     """dS of the last state → dq, dk, dv, ddecay, dbeta, and dS of the first."""
-    q, k, v, decay, beta, dy = (_laid(_chunks(a, m, a.shape[2])) for a in (q, k, v, decay, beta[..., None], dy))
-    decay = decays(decay)
-    A, T, u, w = wy(k, v, beta, decay)
-    u = u - w @ states
-    du = (q @ k.swapaxes(-1, -2) * decay[0]).swapaxes(-1, -2) @ dy
-    du, dstates, dS = delta_states_backward(q, k, w, du, dy, decay, dS)
-    dq, dk, _, dg = chunk_out_backward(q, k, u, decay, states, dy, dstates)
-    dk_wy, dv, dbeta, dg_wy = wy_backward(k, v, beta, decay, A, T, u, states, du)
-    return *map(_tokens, (dq, dk + dk_wy, dv, dg + dg_wy, dbeta)), dS
+    grads, (*decays, states), sums = [_room(a, *a.shape) for a in (q, k, v, decay, beta)], kept, []
+    q, k, v, beta, dy, dq, dk, dv, ddecay, dbeta = (
+        _chunks(a, M, a.shape[2]) for a in (q, k, v, beta[..., None], dy, *grads[:4], grads[4][..., None]))
+    for c in _blocks(v, k.shape[-1])[::-1]:
+        own, (q_, k_, v_, beta_, dy_) = _of_block(decays, c), (_laid(a[:, c]) for a in (q, k, v, beta, dy))
+        S, (A, T, u, w) = states[:, c], wy(k_, v_, beta_, own)
+        u = u - w @ S
+        products = q_ @ k_.swapaxes(-1, -2)
+        du, dstates, dS = delta_states_backward(q_, k_, w, chunk_u_backward(products, own, dy_), dy_, own, dS)
+        dq[:, c], dk_out, (within, enter, *parts) = chunk_out_backward(q_, k_, u, products, own, S, dy_, dstates)
+        dk_wy, dv[:, c], dbeta[:, c, ..., 0], more = wy_backward(k_, v_, beta_, own, A, T, u, S, du)
+        dk[:, c] = dk_out + dk_wy
+        sums.append((within + more[0], enter + more[1], *parts))
+    ddecay[:] = gradient_of_decays(*map(_whole, zip(*sums)))
+    return *grads, dS
 
 
 def gated_delta_chunked_numpy(q, k, v, decay, beta, state=None, chunk=64):
     """The chunked form: arguments and results as `gated_delta`."""
     state = np.zeros((len(q), *q.shape[2:], v.shape[3]), v.dtype) if state is None else state
-    tensors, m = _padded((q, k, v, decay, beta), chunk)
-    y, _, S = delta_block(*tensors, state[:, :, None], m)
-    return y[:, :q.shape[1]], S[:, :, 0]
+    tensors, M = _padded((q, k, v, decay, beta), chunk)
+    y, kept = delta_chunks(*tensors, state[:, :, None], M)
+    return y[:, :q.shape[1]], kept[-1][:, -1, :, 0]
 
 
 def gated_delta_backward_numpy(q, k, v, decay, beta, state=None, cu_seqlens=None, chunk=64, *, grad):
@@ -1169,9 +1238,9 @@ def gated_delta_backward_numpy(q, k, v, decay, beta, state=None, cu_seqlens=None
         return _pack_backward_numpy(gated_delta_backward_numpy, (q, k, v, decay, beta), range(5), state, cu_seqlens,
                                     grad)
     first = np.zeros((len(q), *q.shape[2:], v.shape[3]), v.dtype) if state is None else state
-    (*tensors, dy), m = _padded((q, k, v, decay, beta, grad[0]), chunk)
-    _, states, _ = delta_block(*tensors, first[:, :, None], m)
-    *grads, dS = delta_block_backward(*tensors, states, dy, grad[1][:, :, None], m)
+    (*tensors, dy), M = _padded((q, k, v, decay, beta, grad[0]), chunk)
+    _, kept = delta_chunks(*tensors, first[:, :, None], M)
+    *grads, dS = delta_chunks_backward(*tensors, kept, dy, grad[1][:, :, None], M)
     return *(d[:, :q.shape[1]] for d in grads), *([] if state is None else [dS[:, :, 0]])
 
 
@@ -1362,7 +1431,7 @@ def _from_here_on(a, L: tl.constexpr):
 
 @jit
 def _segments(dscores, L: tl.constexpr):
-    """As `sums_of_segments`."""
+    """As `gradient_of_decays`."""
     i = tl.arange(0, L)
     dscores = tl.where(i[:, None] > i[None, :], dscores, 0.)
     rows, columns = tl.sum(dscores, 1), tl.sum(dscores, 0)
@@ -1639,72 +1708,49 @@ def _precision(x):
     return "tf32" if short and triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
 
 
-CHUNK = 64                                                                   # tokens, for the delta rule
-BLOCK = 8                                                                    # chunks at a time: they stay in the cache
-
-
-def _blocks(T, l):
-    """Whole chunks of l tokens, some at a time, and what is left as a chunk of its own: → (first, last, chunks)."""
-    whole = T // l
-    for c in range(0, whole, BLOCK):
-        m = min(BLOCK, whole - c)
-        yield c * l, (c + m) * l, m
-    if T % l:
-        yield whole * l, T, 1
+CHUNK, CPU_CHUNK = 64, 32                                                    # tokens: in kernels, and in torch's text
 
 
 class _SSD(torch.autograd.Function):
-    """The chunked text, a few chunks at a time. What enters each block is kept; the rest is made anew."""
+    """The chunked text. Of the forward pass the states between chunks are kept; the rest is made anew."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, chunk):
-        y, S, kept = torch.empty_like(x, memory_format=torch.contiguous_format), _grouped(state, B.shape[2]), []
-        for t0, t1, m in _blocks(x.shape[1], chunk):
-            y[:, t0:t1], states, S = ssd_block(*(a[:, t0:t1] for a in (x, dt)), A, B[:, t0:t1], C[:, t0:t1], D, S, m)
-            kept.append(states)
+        ctx.T = x.shape[1]
+        (x, dt, B, C), ctx.M = _padded((x, dt, B, C), chunk)
+        y, kept = ssd_chunks(x, dt, A, B, C, D, _grouped(state, B.shape[2]), ctx.M)
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
-        ctx.chunk = chunk
-        return y, _ungrouped(S)
+        return y[:, :ctx.T], _ungrouped(kept[-1][:, -1].clone())             # not the room of all states with it
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
         x, dt, A, B, C, D, *kept = ctx.saved_tensors
-        dx, ddt, dB, dC = (torch.empty_like(a, memory_format=torch.contiguous_format) for a in (x, dt, B, C))
-        dS, sums = _grouped(dstate, B.shape[2]), []
-        for (t0, t1, m), states in reversed(list(zip(_blocks(x.shape[1], ctx.chunk), kept))):
-            t = slice(t0, t1)
-            dx[:, t], ddt[:, t], dA, dB[:, t], dC[:, t], dD, dS = ssd_block_backward(
-                x[:, t], dt[:, t], A, B[:, t], C[:, t], D, states, dy[:, t], dS, m)
-            sums.append((dA, dD))
-        dA, dD = (None if parts[0] is None else sum(parts) for parts in zip(*sums))
-        return dx, ddt, dA, dB, dC, dD, _ungrouped(dS), None
+        (dy,), T = _padded((dy,), -(-ctx.T // ctx.M))[0], ctx.T
+        dx, ddt, dA, dB, dC, dD, dS = ssd_chunks_backward(x, dt, A, B, C, D, kept, dy, _grouped(dstate, B.shape[2]),
+                                                          ctx.M)
+        return dx[:, :T], ddt[:, :T], dA, dB[:, :T], dC[:, :T], dD, _ungrouped(dS), None
 
 
 class _GatedDelta(torch.autograd.Function):
-    """The chunked text, a few chunks at a time, as `_SSD`."""
+    """The chunked text, as `_SSD`."""
 
     @staticmethod
     def forward(ctx, *tensors):
         *tensors, state = tensors
-        v, S, kept = tensors[2], state[:, :, None], []
-        y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for t0, t1, m in _blocks(v.shape[1], CHUNK):
-            y[:, t0:t1], states, S = delta_block(*(a[:, t0:t1] for a in tensors), S, m)
-            kept.append(states)
+        ctx.T = tensors[0].shape[1]
+        tensors, ctx.M = _padded(tensors, CPU_CHUNK)
+        y, kept = delta_chunks(*tensors, state[:, :, None], ctx.M)
         ctx.save_for_backward(*tensors, *kept)
-        return y, S[:, :, 0]
+        return y[:, :ctx.T], kept[-1][:, -1, :, 0].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
+        (dy,), _ = _padded((dy,), -(-ctx.T // ctx.M))
         tensors, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        grads, dS = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in tensors], dstate[:, :, None]
-        for (t0, t1, m), states in reversed(list(zip(_blocks(dy.shape[1], CHUNK), kept))):
-            *parts, dS = delta_block_backward(*(a[:, t0:t1] for a in tensors), states, dy[:, t0:t1], dS, m)
-            for whole, part in zip(grads, parts):
-                whole[:, t0:t1] = part
-        return *grads, dS[:, :, 0]
+        *grads, dS = delta_chunks_backward(*tensors, kept, dy, dstate[:, :, None], ctx.M)
+        return *(d[:, :ctx.T] for d in grads), dS[:, :, 0]
 
 
 def _zeros(x):
@@ -1735,14 +1781,15 @@ def _check_ssd(op, x, dt, A, B, C, D, state, sequences):
         raise ValueError(f"{op}: A must not be above 0, or the state grows without bound: {A.max().item():g}")
 
 
-def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
+def ssd(x, dt, A, B, C, D=None, chunk=None, state=None, cu_seqlens=None):
     """The SSD layer of Mamba-2: h_t = exp(dt_t A) h_{t−1} + dt_t x_t ⊗ B_t, y_t = h_t C_t + D x_t → (y, state).
 
     x           [B, T, H, P]          H heads of P channels, T from 0 on
     dt, A       [B, T, H], [H]        step sizes ≥ 0; A ≤ 0
     B, C        [B, T, G, N]          G divides H
     D           [H]                   the way past the state; none if None
-    chunk       tokens                that are multiplied out at once; the result does not depend on it
+    chunk       tokens                that are multiplied out at once, 64 in kernels and 32 on a CPU if None; the result
+                                      does not depend on it
     state       [B, H, P, N]          what the text before left behind; None: zeros
     cu_seqlens  [n + 1] int32         B = 1: n sequences packed one after the other, each with its own state (states in
                                       and out are [n, H, P, N]); rows past the last offset are zero
@@ -1756,6 +1803,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=64, state=None, cu_seqlens=None):
         _offsets("ssd", cu_seqlens, x.shape[1], len(x))
     n = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
     _check_ssd("ssd", x, dt, A, B, C, D, state, n)
+    chunk = chunk if chunk is not None else CHUNK if on_kernel(x) else CPU_CHUNK
     if chunk < 1:
         raise ValueError(f"ssd: chunk ({chunk}) must be at least 1")
     exact = torch.promote_types(x.dtype, torch.float32)
