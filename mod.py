@@ -660,7 +660,7 @@ def show_all():
 
 KINDS = (("aaaa", 1.0, None), ("aAaA", 0.125, None), ("aAaA", 0.5, None), ("AAAA", 0.125, None),
          ("aAaA", 0.125, "random"))
-WIDTHS = 64, 96, 128, 192
+WIDTHS = 32, 48, 64, 96
 
 
 def flops_each(minutes, text):
@@ -693,10 +693,10 @@ def isoflop(minutes, out):
             row = next((r for r in done if all(r[k] == v for k, v in key.items())), None)
             if row is None:
                 model = Tiny(letters, C, capacity, scores=scores)
-                say = lambda p, loss: print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ", end="", file=sys.stderr,
-                                            flush=True)
+                say = lambda p, loss: sys.stderr.isatty() and print(f"\r{letters} {C}: {p:4.0%}, loss {loss:.3f}   ",
+                                                                    end="", file=sys.stderr, flush=True)
                 steps = train_tiny(model, text, flops=flops, say=say)
-                print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+                print("\r" * sys.stderr.isatty(), end="", file=sys.stderr)
                 row = key | dict(training_flops=flops, steps=steps, forward_flops=forward_flops(model, 256) / 256,
                                  ms_per_token=token_milliseconds(model.eval()), loss=held_out_loss(model, held))
                 done.append(row)

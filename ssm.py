@@ -2210,33 +2210,29 @@ def show_steps():
 
 # --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------
 
-def recall(rng, B, T, pairs):
+def recall(rng, B, pairs):
     """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys again in any
-    order, each to be followed by its value. → tokens, targets [B, T] (−1: not asked).
+    order, each to be followed by its value. → tokens, targets [B, 4 · pairs] (−1: not asked).
     """
-    tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
-    for b in range(B):
-        keys, values = rng.permutation(64)[:pairs] + 1, rng.integers(65, 129, pairs)
-        tokens[b, 0:2 * pairs:2], tokens[b, 1:2 * pairs:2] = keys, values
-        at = 2 * pairs + np.arange(pairs) * 2
-        order = rng.permutation(pairs)
-        tokens[b, at], targets[b, at] = keys[order], values[order]
-        tokens[b, at + 1] = values[order]
+    row, any_order = np.arange(B)[:, None], lambda n: rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)
+    keys, values, order = any_order(64)[:, :pairs] + 1, rng.integers(65, 129, (B, pairs)), any_order(pairs)
+    both = lambda x: np.concatenate([x, x[row, order]], 1)
+    tokens, targets = np.stack([both(keys), both(values)], 2).reshape(B, -1), np.full((B, 4 * pairs), -1)
+    targets[:, 2 * pairs::2] = values[row, order]
     return tokens, targets
 
 
-def selective_copying(rng, B, T, count):
-    """Words among blanks, then as many places to write them in order (arXiv 2312.00752)."""
-    tokens, targets = np.zeros((B, T), int), np.full((B, T), -1)
-    for b in range(B):
-        words = rng.integers(1, 17, count)
-        tokens[b, np.sort(rng.permutation(T - count)[:count])] = words
-        tokens[b, T - count:], targets[b, T - count:] = 17, words
+def selective_copying(rng, B, count):
+    """Words among blanks, then as many places to write them in order (arXiv 2312.00752). [B, 8 · count]"""
+    tokens, targets, words = np.zeros((B, 8 * count), int), np.full((B, 8 * count), -1), rng.integers(1, 17, (B, count))
+    at = np.sort(rng.permuted(np.tile(np.arange(7 * count), (B, 1)), axis=1)[:, :count], axis=1)
+    tokens[np.arange(B)[:, None], at] = words
+    tokens[:, -count:], targets[:, -count:] = 17, words
     return tokens, targets
 
 
-def induction(rng, B, T, _):
-    """A marked word somewhere, and at the end its mark again: what stood after it (arXiv 2209.11895)."""
+def induction(rng, B, T):
+    """A marked word somewhere, and at the end its mark again: what stood after it (arXiv 2209.11895). [B, T]"""
     tokens, targets = rng.integers(1, 17, (B, T)), np.full((B, T), -1)
     at = rng.integers(0, T - 3, B)
     tokens[np.arange(B), at], tokens[:, -1] = 17, 17
@@ -2244,21 +2240,24 @@ def induction(rng, B, T, _):
     return tokens, targets
 
 
-def parity(rng, B, T, _):
-    """Whether the ones so far are odd, at each place: a state of one bit, if it can flip (arXiv 2207.02098)."""
+def parity(rng, B, T):
+    """Whether the ones so far are odd, at each place: a state of one bit, if it can flip (arXiv 2207.02098). [B, T]"""
     tokens = rng.integers(1, 3, (B, T))
     return tokens, np.cumsum(tokens - 1, 1) % 2
 
 
-TASKS = {f"recall, {n} pairs": (recall, 4 * n, n, 129) for n in (4, 16, 32, 64)} | {
-    "selective copying": (selective_copying, 128, 16, 18), "induction": (induction, 128, 0, 18),
-    "parity": (parity, 64, 0, 3)}
+# task: how it is made, its vocabulary, how many tokens a pair or a word takes, the sizes it is learned at (from small
+# ones a stack gets the idea, and soon), and those it is asked at. Time goes by what is asked.
+TASKS = {"recall": (recall, 129, 4, (2, 4, 8, 16, 32, 64), (4, 16, 32, 64)),
+         "copying": (selective_copying, 18, 8, (2, 4, 8, 16), (16,)),
+         "induction": (induction, 18, 1, (8, 16, 32, 64, 128), (128,)),
+         "parity": (parity, 3, 1, (4, 8, 16, 32, 64), (64,))}
 STACKS = {"attention": "aa", "Mamba-2": "ss", "gated delta": "dd", "hybrid": "sa"}
-PROBE_WIDTH, PROBE_STATE = 64, 16
+PROBE_WIDTH, PROBE_STATE, PROBE_TOKENS = 64, 32, 512                         # channels; the state's N; of a batch
 
 
 class Probed(nn.Module):
-    """Two layers of one kind or two, each with an MLP, at nearly equal parameters; a state of 2 · 64 · 16 numbers."""
+    """Two layers of one kind or two, each with an MLP, at nearly equal parameters; a state of 64 · 32 numbers each."""
 
     def __init__(self, letters, V, C=PROBE_WIDTH):
         super().__init__()
@@ -2281,16 +2280,23 @@ class Probed(nn.Module):
 
 
 def train_probe(task, letters, seconds, say, seed=0):
-    """→ the share of answers that are right on fresh rows, and steps taken. Ends early where all are."""
-    make, T, n, V = TASKS[task]
+    """→ the share of answers that are right on fresh rows of each size that is asked, and steps taken. Ends early where
+    nearly all are.
+    """
+    make, V, each, sizes, asked = TASKS[task]
     torch.manual_seed(seed)
-    rng, model, began, step, right = np.random.default_rng(seed), Probed(letters, V), time.perf_counter(), 0, 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    rng, model, began, step, right = np.random.default_rng(seed), Probed(letters, V), time.perf_counter(), 0, [0.0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
 
-    def rows(B):
-        return [torch.from_numpy(a) for a in make(rng, B, T, n)]
-    while (done := (time.perf_counter() - began) / seconds) < 1 and right < 0.999:
-        x, y = rows(64)
+    def rows(B, size):
+        return [torch.from_numpy(a) for a in make(rng, B, size)]
+
+    @torch.no_grad()
+    def shares(B):
+        return [(model(x).argmax(-1) == y)[y >= 0].float().mean().item() for x, y in (rows(B, size) for size in asked)]
+    while (done := (time.perf_counter() - began) / seconds) < 1 and min(right) < 0.999:
+        size = int(rng.choice(sizes))
+        x, y = rows(max(4, PROBE_TOKENS // (each * size)), size)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * done)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
@@ -2299,58 +2305,59 @@ def train_probe(task, letters, seconds, say, seed=0):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 50 == 0:
-            with torch.no_grad():
-                x, y = rows(128)
-                right = (model(x).argmax(-1) == y)[y >= 0].float().mean().item()
-            say(done, loss.item(), right)
-    with torch.no_grad():
-        x, y = rows(256)
-        return (model(x).argmax(-1) == y)[y >= 0].float().mean().item(), step
+        if step % 100 == 0:
+            right = shares(64)
+            say(done)
+    return shares(256), step
 
 
 def probe(minutes, out):
-    """Each task with each stack → a table and probe.png. What is done lies in probe.jsonl and is not done again, unless
+    """Each stack at each task → a table and probe.png. What is done lies in probe.jsonl and is not done again, unless
     there is more time for it now.
     """
     out.mkdir(parents=True, exist_ok=True)
     notes = out / "probe.jsonl"
     done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    seconds = 60 * minutes / (len(TASKS) * len(STACKS))
     known = {(row["task"], row["stack"]): row for row in done}
-    sizes = {name: sum(w.numel() for w in Probed(letters, 129).parameters()) for name, letters in STACKS.items()}
-    print(f"two layers, {PROBE_WIDTH} wide; a recurrent layer's state holds {PROBE_WIDTH * PROBE_STATE} numbers; "
-          f"up to {seconds:.0f} s each; right answers on fresh rows\n"
-          f"{'':20}" + "".join(f"{name:>14}" for name in STACKS)
-          + f"\n{'parameters':20}" + "".join(f"{size:>14,}" for size in sizes.values()), flush=True)
-    for task in TASKS:
-        print(f"{task:20}", end="", flush=True)
-        for name, letters in STACKS.items():
-            if (task, name) not in known or known[task, name]["seconds"] < round(seconds, 1):
-                say = lambda p, loss, right: sys.stderr.isatty() and print(
-                    f"\r{task}, {name}: {p:4.0%}, loss {loss:.3f}, right {right:.1%}   ", end="", file=sys.stderr,
-                    flush=True)
-                right, steps = train_probe(task, letters, seconds, say)
-                known[task, name] = dict(task=task, stack=name, right=right, steps=steps, seconds=round(seconds, 1))
+    columns = [(task, size) for task, (*_, asked) in TASKS.items() for size in asked]
+    seconds, wide = 60 * minutes / (len(columns) * len(STACKS)), lambda task: max(8, len(task) + 2)
+    first = lambda task, size: task if size == TASKS[task][-1][0] else ""
+    print(f"two layers, {PROBE_WIDTH} wide; a recurrent state holds {PROBE_WIDTH * PROBE_STATE:,} numbers; "
+          f"{seconds:.0f} s a figure\nright answers, %, on fresh rows of so many pairs, words, or tokens\n{'':19}"
+          + "".join(f"{first(task, size):>{wide(task)}}" for task, size in columns)
+          + f"\n{'':11}{'weights':>8}" + "".join(f"{size:>{wide(task)}}" for task, size in columns), flush=True)
+    live = sys.stdout.isatty()                                               # a row is written again as it grows
+    for name, letters in STACKS.items():
+        row = f"{name:11}{sum(w.numel() for w in Probed(letters, 129).parameters()):>8,}"
+        print(row, end="", flush=True)
+        for task, (*_, asked) in TASKS.items():
+            time_ = round(seconds * len(asked), 3)
+            if (task, name) not in known or known[task, name]["seconds"] < time_:
+                say = lambda done: live and print(f"\r{row} {done:4.0%}", end="", flush=True)
+                right, steps = train_probe(task, letters, time_, say)
+                known[task, name] = dict(task=task, stack=name, right=right, steps=steps, seconds=time_)
                 beside = notes.with_suffix(".new")
                 beside.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
                 beside.replace(notes)
-            print(f"{known[task, name]['right']:>14.1%}", end="", flush=True)
+            cells = "".join(f"{100 * right:>{wide(task)}.1f}" for right in known[task, name]["right"])
+            row += cells
+            print(f"\r{row}" if live else cells, end="", flush=True)
         print(flush=True)
-    draw_probe(known, out / "probe.png")
+    draw_probe(known, columns, out / "probe.png")
     print(f"{out / 'probe.png'} shows it")
 
 
-def draw_probe(known, path):
+def draw_probe(known, columns, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for i, name in enumerate(STACKS):
-        shares = [100 * known[task, name]["right"] for task in TASKS]
-        bars = axis.bar(np.arange(len(TASKS)) + 0.2 * i, shares, 0.18, label=name)
+        shares = [100 * right for task in TASKS for right in known[task, name]["right"]]
+        bars = axis.bar(np.arange(len(shares)) + 0.2 * i, shares, 0.18, label=name)
         axis.bar_label(bars, fmt="%.0f", fontsize=6)
-    axis.set_xticks(np.arange(len(TASKS)) + 0.3, list(TASKS), rotation=20, fontsize=8)
+    axis.set_xticks(np.arange(len(columns)) + 0.3, [f"{task} {size}" for task, size in columns], rotation=20,
+                    fontsize=8)
     axis.set(ylabel="right answers, %", ylim=(0, 112))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=4, loc="upper center", fontsize=8)
