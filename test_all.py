@@ -926,6 +926,28 @@ def test_decode_from_pages_is_attention(options, T, page, int8, dtype, path):
     close(got, wanted, EXACT[dtype] * (2 if int8 else 1))                    # the scales are rounded too
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_decode_in_many_splits(sinks):
+    """Texts so unequal that of the splits of the short ones most see no key: those weigh nothing."""
+    B, G, H, D, page = 4, 1, 2, 8, 16
+    lengths = np.array([0, 3, 80, 700])
+    q, k, v = array(B, H, D), array(B, 700, G, D, seed=1), array(B, 700, G, D, seed=2)
+    pages, _, table = paged(k, v, lengths, page)
+    options = dict(sinks=array(H, seed=5)) if sinks else {}
+    tensor = lambda x: torch.as_tensor(x).float()
+    with kernels() as device, pytest.MonkeyPatch.context() as patch:
+        launched, merge = [], Fl._flash_merge
+        class Noted:
+            def __getitem__(self, grid):
+                return lambda *args, **more: (launched.append(args[8]), merge[grid](*args, **more))
+        patch.setattr(Fl, "_flash_merge", Noted())
+        got = Fl.flash_decode(*(tensor(x).to(device) for x in (q, *pages)), torch.as_tensor(table, device=device),
+                              torch.as_tensor(lengths, device=device).int(),
+                              **{n: tensor(o).to(device) for n, o in options.items()})
+    assert launched[0] > 2
+    close(got.cpu(), Fl.flash_decode_numpy(q, *pages, table, lengths, **options), 2e-6)
+
+
 def test_flash_takes_tensors_as_they_lie_and_keeps_the_bits(path):
     """Halves of one product, numbers two apart, an expanded batch; and head size 72 in float16 four times."""
     q, k, v = randn(1, 19, 4, 8).transpose(1, 2).split([2, 1, 1], dim=1)
@@ -1358,6 +1380,20 @@ def test_what_does_not_fit_mamba_is_refused_by_name():
         Sm.causal_conv1d(torch.zeros(2, 3, 4), torch.zeros(5, 4))
     with pytest.raises(ValueError, match="causal_conv1d_step: x .*, w"):
         Sm.causal_conv1d_step(torch.zeros(2, 4), torch.zeros(1, 4), state=torch.zeros(2, 4, 3))
+
+
+def test_gradients_of_decays_that_forget_all_are_not_drowned():
+    """Where a step leaves 1e-8 of the state, dA is of that size: sums over segments must not hold a segment's end."""
+    rng = np.random.default_rng(0)
+    x, B, C = rng.standard_normal((1, 40, 2, 4)), rng.standard_normal((1, 40, 1, 3)), rng.standard_normal((1, 40, 1, 3))
+    dt, A = np.full((1, 40, 2), 1.0), np.full(2, math.log(1e-8))
+    grad = rng.standard_normal(x.shape), np.zeros((1, 2, 4, 3))
+    exact = Sm.ssd_backward_numpy(x, dt, A, B, C, grad=grad)[2]
+    tensors = [torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in (x, dt, A, B, C)]
+    y, _ = Sm.ssd(*tensors)
+    dA = torch.autograd.grad(y, tensors, torch.tensor(grad[0], dtype=torch.float32))[2]
+    assert 0 < np.abs(exact).max() < 1e-5
+    assert np.abs(dA.numpy() - exact).max() < 1e-4 * np.abs(exact).max()
 
 
 def test_the_probes_tasks_ask_what_they_say():
@@ -2386,6 +2422,14 @@ def test_text_files_are_utf8_or_named(tmp_path):
     assert train.find_files(tmp_path / "source")[1] == [tmp_path / "source" / "a.py"]
 
 
+def test_files_that_all_fall_to_validation_leave_some_to_train_on(tmp_path):
+    """The hash may choose every file of a small folder: then it is the first of them alone."""
+    from hashlib import sha256
+    chosen = [name for name in (f"{i}.txt" for i in range(200)) if int(sha256(name.encode()).hexdigest()[:8], 16) % 10 == 0]
+    files = [tmp_path / name for name in chosen[:3]]
+    assert len(files) == 3 and len(train.validation_files(tmp_path, files)) == 1
+
+
 def test_splits_share_no_file_and_do_not_move(tmp_path):
     root, files = train.find_files(None)
     chosen = train.validation_files(root, files)
@@ -2440,6 +2484,29 @@ def test_orthogonalize_makes_all_directions_alike():
     assert 0.6 < values.min() and values.max() < 1.3                         # they were 30 to 1
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     assert F.cosine_similarity(train.orthogonalize(x).flatten(1), (u @ vt).flatten(1)).min() > 0.95
+
+
+def test_a_step_of_muon_is_its_equations():
+    """m ← μ m + (1 − μ) g; u = UVᵀ of (1 − μ) g + μ m; w ← w − η λ s w where u and w agree in sign, then − η u √…"""
+    model, rng = tiny(), torch.Generator().manual_seed(1)
+    optimizer, scale = train.Optimizer(model, lr=0.05), 0.5
+    expected = {}
+    for step in range(2):
+        for w in model.parameters():
+            w.grad = torch.randn(w.shape, generator=rng)
+        for weight, i, j in model.matrices():
+            w, m = expected.get((weight, i), (weight.detach()[i:j].clone(), torch.zeros(j - i, weight.shape[1])))
+            g = weight.grad[i:j]
+            m = 0.9 * m + 0.1 * g
+            u, tall = 0.1 * g + 0.9 * m, len(w) > w.shape[1]
+            u = train.orthogonalize(u.mT[None])[0].mT if tall else train.orthogonalize(u[None])[0]
+            rate = 0.05 * scale * (math.sqrt(len(w) / w.shape[1]) if tall else 1)
+            w = torch.where(u * w > 0, w * (1 - rate * train.WEIGHT_DECAY * scale), w) - rate * u
+            expected[weight, i] = w, m
+        optimizer.step(scale, 0.9)
+    assert len(expected) == len(list(model.matrices()))
+    for (weight, i), (w, _) in expected.items():
+        close(weight.detach()[i:i + len(w)], w, 2e-6)
 
 
 def test_schedule_is_flat_then_a_line_to_a_twentieth():
