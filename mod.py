@@ -664,15 +664,18 @@ WIDTHS = 32, 48, 64, 96
 
 
 def flops_each(minutes, text):
-    """Training FLOPs for each model, so that all of them take about so many minutes: by a few steps of each kind."""
+    """Training FLOPs for each model, so that all of them take about so many minutes: by a few steps of each kind, at
+    the least width and at the largest, which does more FLOPs a second.
+    """
     cost = 0.0                                                               # seconds a FLOP, of all kinds together
     for letters, capacity, scores in KINDS:
-        model = Tiny(letters, WIDTHS[0], capacity, scores=scores)
-        step = 3 * 8 * forward_flops(model, 256)
-        train_tiny(model, text, flops=step)                                  # the first warms up
-        begin = time.perf_counter()
-        train_tiny(model, text, flops=2 * step)
-        cost += (time.perf_counter() - begin) / (2 * step)
+        for C in (WIDTHS[0], WIDTHS[-1]):
+            model = Tiny(letters, C, capacity, scores=scores)
+            step = 3 * 8 * forward_flops(model, 256)
+            train_tiny(model, text, flops=step)                              # the first warms up
+            begin = time.perf_counter()
+            train_tiny(model, text, flops=2 * step)
+            cost += (time.perf_counter() - begin) / (2 * step) / 2
     return 60 * minutes / (cost * len(WIDTHS))
 
 

@@ -2514,6 +2514,19 @@ def test_schedule_is_flat_then_a_line_to_a_twentieth():
     assert math.isclose(train.schedule(1), 0.05) and math.isclose(train.schedule(0.65), 0.525)
 
 
+def test_an_evaluation_is_the_mean_over_all_tokens():
+    """Windows do not overlap, and the last is as long as what is left: each token counts once, whatever its group."""
+    model, tokens, lengths = tiny(), np.random.default_rng(0).integers(0, 60, 16 * 300 + 6), np.arange(61) % 5
+    nats = text = 0.0
+    for at in range(0, len(tokens) - 1, 16):
+        x, y = (torch.from_numpy(tokens[at + i:at + i + 16].copy())[:len(tokens) - 1 - at] for i in (0, 1))
+        nats += F.cross_entropy(model(x[None]).flatten(0, 1), y, reduction="sum").item()
+        text += lengths[y].sum()
+    loss, bits = train.evaluate(model, tokens, 16, lengths)
+    close(loss, nats / (len(tokens) - 1), 1e-5)
+    close(bits, nats / math.log(2) / text, 1e-5)
+
+
 def test_a_step_in_pieces_is_the_step_at_once(corpus, tmp_path, monkeypatch):
     c = train.load_corpus(str(corpus), "bpe", 400)
     grads = []
@@ -3249,6 +3262,17 @@ def test_the_block_used_longest_ago_is_taken_first(trained):
     assert go(1, 12) == 8                                                    # used again: 2 is the older now
     go(3, 24)                                                                # takes all but the first two of 1
     assert go(1, 12) == 8 and go(2, 12) == 0
+
+
+def test_of_one_text_the_last_block_goes_first():
+    """A block is found only where those before it are."""
+    pool = infer.Blocks(3, 2)
+    table = pool.take(3)
+    first = list(table)
+    for n, block in enumerate(table):
+        pool.register(block, bytes([n]), bytes([n - 1]) if n else b"", [n], None)
+    pool.release(table)
+    assert pool.take(1) == [first[2]] and pool.take(1) == [first[1]]
 
 
 @FAST
@@ -5305,6 +5329,7 @@ def test_hw_other_kinds_of_layer():
     plain, routed = (Hw.cost(Hw.replace(Hw.MODELS["8B"], layers=letters), 1024) for letters in ("aaaa", "aAaA"))
     assert routed["flops"] < plain["flops"] and routed["params"] == plain["params"] + 2 * (
         4096 + (4096 + 1) * 512 + 513 + 1)                                   # a router and a predictor each
+    assert plain["cache"] == 4 * 2 * 8 * 128 and routed["cache"] == (2 + 2 / 8) * 2 * 8 * 128
     state = Hw.cost(Hw.MODELS["Mamba2-1.3B"], 10)
     assert state["cache"] == 0 and state["state"] == 48 * (4096 * 128 + (4096 + 256) * 3)
 
