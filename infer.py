@@ -2439,8 +2439,8 @@ class LLM:
             fresh = lambda tokens, positions, *places: step(tokens, positions.clone(), *places)
             return train.Graph(fresh, tokens, positions, *places, pool=self.pool)
         import torch._inductor.config as inductor
-        step = torch.compile(step, dynamic=False, fullgraph=True, isolate_recompiles=True,
-                             options=dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe))
+        step = torch.compile(step, dynamic=False, fullgraph=True, isolate_recompiles=True, options=dict(
+            cpp_wrapper=True, guard_filter_fn=torch.compiler.skip_all_guards_unsafe))        # no Python between kernels
         several = tokens.numel() > 1 and not self.quantize
         with inductor.patch(size_asserts=False, **dict(                      # weights laid out for so many rows
                 freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP") if several else {}):
