@@ -2178,7 +2178,6 @@ def show_times():
 @torch.no_grad()
 def show_steps():
     """What one more token costs after 1,024 and after 65,536 others."""
-    print("\none more token, µs (a sequence alone), and what is kept for it")
     heads, P = 8, 64
     x, k, one = torch.randn(1, WIDTH), F.normalize(torch.randn(1, heads, P), dim=-1), torch.rand(1, heads)
     ways = {"Mamba": (lambda h: selective_scan_step(x, x.exp(), -torch.ones(WIDTH, 16), x[:, :16], x[:, :16], state=h),
@@ -2194,18 +2193,23 @@ def show_steps():
             work()
             times.append(time.perf_counter() - began)
         return 1e6 * sorted(times)[10]
-    keys = torch.randn(2, 1, heads, 65536, P)
+    keys, rows = torch.randn(2, 1, heads, 65536, P), []
     for context in (1024, 65536):
-        cells = {"attention": (micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys[:, :, :, :context])),
-                               8 * heads * context * P)}
-        for name, (step, h) in ways.items():
+        cells = [(micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys[:, :, :, :context])),
+                  8 * heads * context * P)]
+        for step, h in ways.values():
             box = [h]
 
             def go():
                 box[0] = step(box[0])[1]
-            cells[name] = micros(go), h.nbytes
-        print(f"{context:>9,}" + "".join(f"   {name} {t:,.0f} µs, {size / 2 ** 20:,.2f} MB"
-                                         for name, (t, size) in cells.items()), flush=True)
+            cells.append((micros(go), h.nbytes))
+        rows.append((context, *zip(*cells)))
+    print("\none more token after T others, µs (a sequence alone); and what is kept of them, MB\n"
+          f"{'T':>9}" + "".join(f"{name:>14}" for name in ("attention", *ways)))
+    for context, times, _ in rows:
+        print(f"{context:>9,}" + "".join(f"{t:>14,.0f}" for t in times))
+    for context, _, sizes in rows:
+        print(f"{context:>9,}" + "".join(f"{size / 2 ** 20:>14,.2f}" for size in sizes))
 
 
 # --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------

@@ -30,6 +30,7 @@ import lzma
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -1893,7 +1894,7 @@ def finish(run):
              f"{run.tokens / 1e6:.1f} M tokens")
     if not run.processes.rank:
         plot(run.log, run.out / "loss.png", title)
-    where = "" if s["out"] == "out" else f"--model {s['out']} "
+    where = "" if s["out"] == "out" else f"--model {shlex.quote(s['out'])} "
     print(f"saved        {run.out}/ (loss.png shows the run)\n"
           f"next         python infer.py {where}" + ('"def fibonacci(n):"' if s["data"] is None else '"…"'))
 
