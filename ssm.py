@@ -2193,23 +2193,25 @@ def show_steps():
             work()
             times.append(time.perf_counter() - began)
         return 1e6 * sorted(times)[10]
-    keys, rows = torch.randn(2, 1, heads, 65536, P), []
-    for context in (1024, 65536):
-        cells = [(micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys[:, :, :, :context])),
-                  8 * heads * context * P)]
+    def after(T):
+        """attention, then the others → µs, bytes; attention is timed last, as it leaves no cache as it was."""
+        cells = []
         for step, h in ways.values():
             box = [h]
 
             def go():
                 box[0] = step(box[0])[1]
             cells.append((micros(go), h.nbytes))
-        rows.append((context, *zip(*cells)))
+        keys = torch.randn(2, 1, heads, T, P)
+        attend = micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys))
+        return zip((attend, keys.nbytes), *cells)
+    rows = [(T, *after(T)) for T in (1024, 65536)]
     print("\none more token after T others, µs (a sequence alone); and what is kept of them, MB\n"
           f"{'T':>9}" + "".join(f"{name:>14}" for name in ("attention", *ways)))
-    for context, times, _ in rows:
-        print(f"{context:>9,}" + "".join(f"{t:>14,.0f}" for t in times))
-    for context, _, sizes in rows:
-        print(f"{context:>9,}" + "".join(f"{size / 2 ** 20:>14,.2f}" for size in sizes))
+    for T, times, _ in rows:
+        print(f"{T:>9,}" + "".join(f"{t:>14,.0f}" for t in times))
+    for T, _, sizes in rows:
+        print(f"{T:>9,}" + "".join(f"{size / 2 ** 20:>14,.2f}" for size in sizes))
 
 
 # --- 11. The probe: what a state of fixed size can't remember ---------------------------------------------------------
