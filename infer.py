@@ -2955,7 +2955,7 @@ class Fields:
 
 
 def constraint(fields):
-    """What `response_format` and `regex` ask for, as settings. Refused where `Sampling` has no such setting."""
+    """What `response_format` and `regex` ask for, as settings."""
     asked, form = {}, Fields(fields.take("response_format", dict, {}), "response_format.")
     kind = form.take("type", str, "text")
     if kind == "json_object":
