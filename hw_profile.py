@@ -1327,7 +1327,7 @@ def recurrent(c, widths, K, state, out, other, mixing, kept, kernels, bias=False
 
 
 def chunked(flops, T, l=ssm.CPU_CHUNK):
-    """FLOPs a token of a sequence cut into equal chunks of at most l; `flops`: of a chunk of so many tokens."""
+    """FLOPs a token of T in equal chunks of at most l, as torch's text has them; `flops`: of a chunk of so many."""
     T = max(T, 1)
     chunks = -(-T // l)
     return chunks * flops(-(-T // chunks)) / T
@@ -1337,7 +1337,7 @@ def mamba2_layer(c, dense, H, P, N, G, K, bias=False, conv_bias=True):
     E = H * P
     flops = lambda l: 2 * l * l * (G * N + E) + 4 * l * E * N                # C Bᵀ, times Δx; states made and read
     return recurrent(c, (E, E + 2 * G * N, H), K, E * N, E, 3 * H + E, lambda T: chunked(flops, T),
-                     lambda T: T * ((4 + (G > 1)) * E + 6 * H + G) + (1 - -T // ssm.CPU_CHUNK) * E * N, 6, bias,
+                     lambda T: T * ((4 + (G > 1)) * E + 6 * H + G) + (1 + -(-T // ssm.CPU_CHUNK)) * E * N, 6, bias,
                      conv_bias)
 
 
@@ -1354,7 +1354,7 @@ def gated_delta_layer(c, dense, H, K_dim, V_dim, K):
                        + H * 2 * (l ** 3 - l) / 3)                           # erased, made, read; (I + A)⁻¹
     return with_mlp(c, dense, recurrent(
         c, (v, 2 * k + v, 2 * H), K, k * V_dim, v, 2 * H + V_dim, lambda T: chunked(flops, T),
-        lambda T: T * (2 * k + 4 * v + 13 * H) + (1 - -T // ssm.CPU_CHUNK) * k * V_dim, 6, conv_bias=False))
+        lambda T: T * (2 * k + 4 * v + 13 * H) + (1 + -(-T // ssm.CPU_CHUNK)) * k * V_dim, 6, conv_bias=False))
 
 
 LAYERS = dict(a=attention_layer, s=mamba2_layer, m=mamba_layer, d=gated_delta_layer)

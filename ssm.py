@@ -1207,11 +1207,11 @@ def delta_chunks(q, k, v, decay, beta, S, M):
 
 def delta_chunks_backward(q, k, v, decay, beta, kept, dy, dS, M):
     """dS of the last state → dq, dk, dv, ddecay, dbeta, and dS of the first."""
-    grads, (*decays, states), sums = [_room(a, *a.shape) for a in (q, k, v, decay, beta)], kept, []
+    grads, (*decay, states), sums = [_room(a, *a.shape) for a in (q, k, v, decay, beta)], kept, []
     q, k, v, beta, dy, dq, dk, dv, ddecay, dbeta = (
         _chunks(a, M, a.shape[2]) for a in (q, k, v, beta[..., None], dy, *grads[:4], grads[4][..., None]))
     for c in _blocks(v, k.shape[-1])[::-1]:
-        own, (q_, k_, v_, beta_, dy_) = _of_block(decays, c), (_laid(a[:, c]) for a in (q, k, v, beta, dy))
+        own, (q_, k_, v_, beta_, dy_) = _of_block(decay, c), (_laid(a[:, c]) for a in (q, k, v, beta, dy))
         S, (A, T, u, w) = states[:, c], wy(k_, v_, beta_, own)
         u = u - w @ S
         products = q_ @ k_.swapaxes(-1, -2)
@@ -1431,7 +1431,7 @@ def _from_here_on(a, L: tl.constexpr):
 
 @jit
 def _segments(dscores, L: tl.constexpr):
-    """As `gradient_of_decays`."""
+    """As `gradient_of_decays` of within."""
     i = tl.arange(0, L)
     dscores = tl.where(i[:, None] > i[None, :], dscores, 0.)
     rows, columns = tl.sum(dscores, 1), tl.sum(dscores, 0)
@@ -2124,11 +2124,11 @@ def show_agreement():
         op=apart(gated_delta(*single(*args))[0], y))
 
 
-WIDTH, LENGTHS = 512, (512, 2048, 8192, 16384)
+WIDTH, LENGTHS = 256, (512, 2048, 8192, 16384)
 
 
-def heads_of_each(T, heads=8, P=64):
-    """The four ways to mix T tokens of 512 channels → {name: (op, its inputs)}."""
+def heads_of_each(T, heads=WIDTH // 64, P=64):
+    """The four ways to mix T tokens of WIDTH channels → {name: (op, its inputs)}."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(1, T, *shape, generator=generator)
     step = lambda *shape: F.softplus(normal(*shape) - 3)
@@ -2144,26 +2144,36 @@ def heads_of_each(T, heads=8, P=64):
                          torch.rand(1, T, heads, generator=generator)))}
 
 
-def seconds_of(op, inputs, tries):
-    """Best of `tries`, forward and backward."""
-    inputs, times = [x.detach().requires_grad_() for x in inputs], []
+def measured(op, inputs, tries):
+    """Forward and backward → seconds, the best of `tries`, and MB that the one keeps for the other, inputs included."""
+    inputs, times, kept = [x.detach().requires_grad_() for x in inputs], [], {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
     for _ in range(tries):
+        kept.clear()
         began = time.perf_counter()
-        torch.autograd.grad(op(*inputs).sum(), inputs)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            y = op(*inputs)
+        torch.autograd.grad(y.sum(), inputs)
         times.append(time.perf_counter() - began)
-    return min(times)
+    return min(times), sum(kept.values()) / 2 ** 20
 
 
 def show_times():
     """Forward and backward over lengths, and from where the state is ahead of attention."""
     print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads "
           "(attention: torch's)")
-    names, times = list(heads_of_each(1)), {}
+    names, times, memory = list(heads_of_each(1)), {}, {}
     print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
     for T in LENGTHS:
         for name, (op, inputs) in heads_of_each(T).items():
-            times[name, T] = seconds_of(op, inputs, 2 if T < 8192 else 1)
+            times[name, T], memory[name, T] = measured(op, inputs, 2 if T < 8192 else 1)
         print(f"{T:>9,}" + "".join(f"{1000 * times[name, T]:>14,.1f}" for name in names), flush=True)
+    print("   and what the forward pass keeps for the backward one, MB")
+    for T in LENGTHS:
+        print(f"{T:>9,}" + "".join(f"{memory[name, T]:>14,.1f}" for name in names))
     for name in names[1:]:
         ahead = [T for T in LENGTHS if times[name, T] < times["attention", T]]
         if not ahead or ahead[0] == LENGTHS[0]:
@@ -2178,7 +2188,7 @@ def show_times():
 @torch.no_grad()
 def show_steps():
     """What one more token costs after 1,024 and after 65,536 others."""
-    heads, P = 8, 64
+    heads, P = WIDTH // 64, 64
     x, k, one = torch.randn(1, WIDTH), F.normalize(torch.randn(1, heads, P), dim=-1), torch.rand(1, heads)
     ways = {"Mamba": (lambda h: selective_scan_step(x, x.exp(), -torch.ones(WIDTH, 16), x[:, :16], x[:, :16], state=h),
                       torch.zeros(1, WIDTH, 16)),
@@ -2193,8 +2203,9 @@ def show_steps():
             work()
             times.append(time.perf_counter() - began)
         return 1e6 * sorted(times)[10]
+
     def after(T):
-        """attention, then the others → µs, bytes; attention is timed last, as it leaves no cache as it was."""
+        """Of attention, then the others → µs, bytes; attention is timed last, as it leaves no cache as it was."""
         cells = []
         for step, h in ways.values():
             box = [h]

@@ -937,6 +937,7 @@ def test_decode_in_many_splits(sinks):
     tensor = lambda x: torch.as_tensor(x).float()
     with kernels() as device, pytest.MonkeyPatch.context() as patch:
         launched, merge = [], Fl._flash_merge
+
         class Noted:
             def __getitem__(self, grid):
                 return lambda *args, **more: (launched.append(args[8]), merge[grid](*args, **more))
@@ -2424,10 +2425,9 @@ def test_text_files_are_utf8_or_named(tmp_path):
 
 def test_files_that_all_fall_to_validation_leave_some_to_train_on(tmp_path):
     """The hash may choose every file of a small folder: then it is the first of them alone."""
-    from hashlib import sha256
-    chosen = [name for name in (f"{i}.txt" for i in range(200)) if int(sha256(name.encode()).hexdigest()[:8], 16) % 10 == 0]
-    files = [tmp_path / name for name in chosen[:3]]
-    assert len(files) == 3 and len(train.validation_files(tmp_path, files)) == 1
+    every = [tmp_path / f"{i}.txt" for i in range(200)]
+    files = sorted(train.validation_files(tmp_path, every))
+    assert len(files) > 2 and len(train.validation_files(tmp_path, files)) == 1
 
 
 def test_splits_share_no_file_and_do_not_move(tmp_path):
@@ -2487,7 +2487,7 @@ def test_orthogonalize_makes_all_directions_alike():
 
 
 def test_a_step_of_muon_is_its_equations():
-    """m ← μ m + (1 − μ) g; u = UVᵀ of (1 − μ) g + μ m; w ← w − η λ s w where u and w agree in sign, then − η u √…"""
+    """m ← μ m + (1 − μ) g, u = UVᵀ of (1 − μ) g + μ m, w ← w − η s λ s w if signs agree, then − η s u; more if tall."""
     model, rng = tiny(), torch.Generator().manual_seed(1)
     optimizer, scale = train.Optimizer(model, lr=0.05), 0.5
     expected = {}
