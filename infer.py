@@ -3969,6 +3969,12 @@ def main(argv=None):
     except (UserError, ValueError) as error:
         print(f"infer.py: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not train.memory_ended(error):
+            raise
+        print("infer.py: the memory ended; give a smaller --num-blocks, --max-num-seqs or --max-num-batched-tokens, or "
+              f"--quantize int8 ({error})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -183,6 +183,11 @@ def gathered(x, keep):
     return x
 
 
+def memory_ended(error):
+    """Whether an exception says that there is no memory left: on a CPU torch has no class for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def pick_device(device=None):
     """The device to use: the one asked for, else CUDA, else MPS, else the CPU. UserError if it is not there."""
     if device is None:
@@ -1565,11 +1570,15 @@ class Run:
             try:
                 losses = self.passes(hidden, mine, count)
                 break
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
+                if not memory_ended(error):
+                    raise
                 self.forget_gradients()
-                if self.rows == 1 and self.model.recompute:
-                    raise UserError(f"the memory does not hold a single window of {s['context']} tokens; "
-                                    f"give a smaller --context, --dim or --layers ({error})") from None
+                if self.optimizer.cut or self.rows == 1 and self.model.recompute:                # cut: others wait in
+                    count = min(self.rows, len(mine))                        # the middle of this pass
+                    raise UserError(f"the memory does not hold {count} window{'s' * (count > 1)} of {s['context']} "
+                                    "tokens; give a smaller --context, --dim or --layers, or more processes with "
+                                    f"--shard ({error})") from None
                 self.model.recompute, self.rows = self.rows == 1, max(1, min(self.rows, len(mine)) // 2)
                 tqdm.write("out of memory: going on with " + ("activations made anew in the backward pass"
                            if self.model.recompute else f"{self.rows} windows at a time"), file=sys.stderr)
@@ -1758,7 +1767,7 @@ class Forward:
         try:
             return self.model.hidden(tokens)
         except Exception as error:                                           # a broken compiler has many ways to say so
-            if not self.model.compiled or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            if not self.model.compiled or memory_ended(error):
                 raise
             tqdm.write(f"torch.compile does not work here ({type(error).__name__}); going on without it",
                        file=sys.stderr)
@@ -2202,6 +2211,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        lost = dist.is_initialized() and (isinstance(error, dist.DistError) or "peer" in str(error))
+        if not lost and not memory_ended(error):
+            raise
+        print("train.py: " + ("another process has ended; what was saved before is kept: go on with --resume" if lost else
+                              f"the memory ended; give a smaller --context, --dim or --layers ({error})"), file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
