@@ -1136,7 +1136,8 @@ def launch(target):
     table, lengths, cu = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 2048), 2, 2))
     for D in (64, 128):
         Fl.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D), t(1, 2, 4096, D)).sum().backward()
-        Fl.flash_attention_varlen(t(4096, 4, D), t(4096, 2, D), t(4096, 2, D), cu, cu).sum().backward()
+        if D == 128:
+            Fl.flash_attention_varlen(t(4096, 4, D), t(4096, 2, D), t(4096, 2, D), cu, cu).sum().backward()
         pages = t(9, 16, 2, D)
         Fl.flash_decode(t(2, 16, D), pages, pages, table, lengths)
         scales = torch.ones(9, 16, 2)
@@ -1493,8 +1494,8 @@ def is_its_definition(case, tensors, dtype=torch.float32, tolerance=None, cu=Non
         want = torch.as_tensor(want)
         got = torch.zeros_like(want, dtype=exact) if got is None else got    # there was nothing to learn from
         assert got.shape == want.shape and bool(torch.isfinite(got).all())
-        if got.numel():                                                      # a few long sums may nearly cancel: they are
-            size = want.abs().max().item() if got.numel() > 15 else largest  # off by a part of what they are made of
+        if got.numel():                                                      # a few long sums may nearly cancel: judged
+            size = want.abs().max().item() if got.numel() > 15 else largest  # by the size of what they are made of
             error = (got.double() - want).abs().max().item() / max(size, 1e-30)
             assert error <= tolerance, f"number {i} is off by {error:.1e}"
 
@@ -2547,6 +2548,7 @@ def test_training_learns_and_leaves_the_folder(trained):
     assert {p.name for p in trained.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "state.pt", "log.jsonl", "loss.png"}
+    assert len({p.stat().st_mode for p in trained.iterdir()}) == 1           # who may read one may read all
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert {"step", "seconds", "tokens", "train_loss", "val_loss", "val_bpb", "tokens_per_second"} <= log[-1].keys()
     assert log[0]["step"] == 0 and log[-1]["step"] == 60 and log[-1]["val_loss"] < log[0]["val_loss"] - 1

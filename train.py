@@ -1129,7 +1129,10 @@ def replacing(path):
     """Write a file beside `path` and rename it at the end: whoever reads finds the old one or the new one, whole."""
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode                                         # safetensors makes files for its user alone
         yield beside
+        beside.chmod(mode)
         with open(beside, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
@@ -2215,8 +2218,9 @@ def main(argv=None):
         lost = dist.is_initialized() and (isinstance(error, dist.DistError) or "peer" in str(error))
         if not lost and not memory_ended(error):
             raise
-        print("train.py: " + ("another process has ended; what was saved before is kept: go on with --resume" if lost else
-                              f"the memory ended; give a smaller --context, --dim or --layers ({error})"), file=sys.stderr)
+        what = ("another process has ended; what was saved before is kept: go on with --resume" if lost else
+                f"the memory ended; give a smaller --context, --dim or --layers ({error})")
+        print(f"train.py: {what}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
