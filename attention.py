@@ -1444,6 +1444,10 @@ def leave(main):
     One of several processes ends on the spot: gloo's threads let go of the last tensors some time after their message,
     and abort a Python that is taking itself apart by then.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                       # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")                     # a code page without × ends no run
     try:
         code = main()
         sys.stdout.flush()

@@ -2730,7 +2730,7 @@ def compare(args):
         check_quantize("fp8", args.group_size, None, 0.5, device)
         ways.append("fp8")
     corpus, rows = corpus_of(args), []
-    text = (corpus.folder / "val.txt").read_bytes()[:SCORED].decode("utf-8", errors="ignore")
+    text = corpus.val_text[:SCORED].decode("utf-8", errors="ignore")
     machine = measure(device, 0.3)
     bar = train.tqdm(total=len(ways), desc="compare", leave=False, **train.quiet_bar())
     with bar, tempfile.TemporaryDirectory() as folder:

@@ -2901,6 +2901,136 @@ def test_fine_tuning_starts_from_any_folder(trained, corpus, tmp_path):
     assert infer.chat_template(tmp_path / "tuned")                           # what stood beside the weights is kept
 
 
+def test_minutes_that_are_over_before_the_first_step_spoil_nothing(trained, corpus, tmp_path):
+    """The one step that is made has the smallest rate, and a model that training started from is as good as before."""
+    before = train.read_state(trained)
+    code, _, err = run(train, "--data", corpus, "--init", trained, "--minutes", 0.0001, "--out", tmp_path)
+    assert code == 0 and "one step" in err
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 1 and log[-1]["done"] == 1 and 0 < log[-1]["lr"] < train.LR
+    assert before["finished"] and abs(log[-1]["val_loss"] - log[0]["val_loss"]) < 0.1
+
+
+def test_what_teaches_the_tokenizer_is_spread_over_all_bytes():
+    texts = ["tiny"] + ["".join(f"{i:07} " for i in range(j, j + 2 ** 18)) for j in (0, 2 ** 18, 2 ** 19)]
+    kept = train.spread(iter(texts), 6 * 2 ** 20, 2 ** 20)
+    assert 0.9 * 2 ** 20 < sum(map(len, kept)) < 1.1 * 2 ** 20
+    assert all(any(text[:7] <= part[:7] <= text[-8:-1] for part in kept) for text in texts[1:])
+    assert train.spread(iter(texts[:1]), 4) == texts[:1]
+
+
+def test_float16_by_the_clock_runs(corpus, tmp_path):
+    code, _, err = run(train, "--data", corpus, *SMALL, "--minutes", 0.02, "--dtype", "float16", "--out", tmp_path)
+    assert code == 0, err
+
+
+def test_a_signal_in_the_last_evaluation_loses_nothing(corpus, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", stopped)
+        assert run(train, "--data", corpus, *SMALL, "--steps", 6, "--out", tmp_path)[0] == 130
+    state = train.read_state(tmp_path)
+    assert state["step"] == 6 and not state["finished"]
+    assert run(train, "--resume", "--out", tmp_path)[0] == 0 and train.read_state(tmp_path)["finished"]
+
+
+def test_a_resumed_run_takes_more_and_never_less_or_other_data(tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("one two three four " * 400)
+    arguments = ("--data", data, "--tokenizer", "bytes", *SMALL[2:], "--out", tmp_path / "out")
+    assert run(train, *arguments, "--steps", 4)[0] == 0
+    state = train.read_state(tmp_path / "out")
+    torch.save(state | dict(finished=False, done=0.5, step=2), tmp_path / "out" / "state.pt")
+    for flags, word in ((("--passes", 1), "steps"), (("--steps", 3), "--steps 3"), (("--minutes", 1), "steps")):
+        code, _, err = run(train, "--resume", "--out", tmp_path / "out", *flags)
+        assert code == 2 and word in err and len(err.splitlines()) == 1
+    data.write_text("one two three f0ur " * 400)                             # as many tokens
+    code, _, err = run(train, "--resume", "--out", tmp_path / "out")
+    assert code == 2 and "the data is not what this run was trained on" in err
+
+
+def test_a_run_inside_its_data_is_no_data(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text to learn, and more of it. " * 50)
+    (tmp_path / "b.txt").write_text("other text to judge by, as much of it. " * 50)
+    monkeypatch.chdir(tmp_path)
+    assert run(train, "--data", ".", *SMALL, "--steps", 2)[0] == 0
+    assert [p.name for p in train.find_files(".")[1]] == ["a.txt", "b.txt"]
+    code, _, err = run(train, "--resume", "--steps", 3)
+    assert code == 0, err
+
+
+def test_a_cache_that_lost_a_file_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text to learn, and more of it. " * 50)
+    load = lambda: train.load_corpus(str(tmp_path / "a.txt"), "bpe", 300)
+    whole = load()
+    (folder,) = (tmp_path / "cache").iterdir()
+    harms = [lambda p: p.unlink(), lambda p: p.write_bytes(b"")]
+    for harm in harms:
+        for path in list(folder.iterdir()):
+            harm(path)
+            again = load()
+            assert again.digest == whole.digest and (again.train == whole.train).all()
+            assert again.val_text == whole.val_text and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits, no descriptors")
+@pytest.mark.parametrize("shell", ("PYTHONIOENCODING=ascii {}", "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {}",
+                                   "{} >&-", "{} 2>&-"))
+def test_any_terminal_will_do(shell, corpus, tmp_path):
+    command = [sys.executable, "train.py", "--data", corpus, *SMALL, "--steps", 1, "--out", tmp_path]
+    done = subprocess.run(shell.format(shlex.join(map(str, command))), shell=True, cwd=HERE, capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name, text, word", [
+    ("config.json", "[]", "config.json"), ("config.json", "[" * 10 ** 5, "config.json"),
+    ("config.json", '{"__float__": 5}', "config.json"), ("config.json", dict(rope_scaling="x"), "config.json"),
+    ("config.json", dict(rope_parameters=dict(rope_theta="x")), "config.json"),
+    ("config.json", dict(head_dim="32"), "config.json"),
+    ("config.json", dict(max_position_embeddings=0), "config.json"), ("config.json", dict(vocab_size=-1), "vocab_size"),
+    ("config.json", dict(model_type=["qwen3"]), "config.json"), ("config.json", dict(rms_norm_eps="x"), "config.json"),
+    ("config.json", dict(layer_types=5), "config.json"), ("config.json", dict(eos_token_id=99999), "eos_token_id"),
+    ("config.json", dict(eos_token_id="x"), "eos_token_id"),
+    ("model.safetensors.index.json", "[]", "index.json"),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}', "index.json"),
+    ("tokenizer.json", b"\xff", "tokenizer"), ("tokenizer.json", "{}", "tokenizer.json"),
+    ("tokenizer_config.json", b"\xff", "tokenizer"),
+])
+def test_a_folder_of_nonsense_is_one_clear_line(name, text, word, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "folder")
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((folder / name).read_text()) | text)
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    for program, *argv in ((train, "--init", folder, "--steps", 1, "--out", tmp_path / "out"),
+                           (infer, "--model", folder, "x")):
+        code, _, err = run(program, *argv)
+        assert code == 2 and word in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("harm", [dict(model={}), dict(optimizer=dict(adam={}, momentum=[])), dict(settings=...)])
+def test_a_state_of_nonsense_is_one_clear_line(harm, trained, tmp_path):
+    state = {k: v for k, v in (train.read_state(trained) | harm).items() if v is not ...}
+    torch.save(state, tmp_path / "state.pt")
+    code, _, err = run(train, "--resume", "--out", tmp_path, "--steps", 61)
+    assert code == 2 and "state.pt" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_log_of_nonsense_ends_no_run(trained, tmp_path):
+    shutil.copy(trained / "state.pt", tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "do\xff')
+    (tmp_path / "loss.png").mkdir()
+    code, _, err = run(train, "--resume", "--out", tmp_path, "--steps", 61)
+    assert code == 0 and "loss.png" in err and train.read_state(tmp_path)["step"] == 61
+
+
+def test_a_longer_context_is_written_down(trained, corpus, tmp_path):
+    assert run(train, "--data", corpus, "--init", trained, "--context", 100, "--steps", 1, "--out", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 100
+    assert infer.LLM(tmp_path).context == 100
+
+
 def test_python_prefixes_are_told_from_nonsense():
     for good in ("def f(x):\n    if x:\n        ret", "x = [1,\n  2", '"""An open\ndocstring', "import os\n\n",
                  "class A:\n", ""):
@@ -2928,7 +3058,11 @@ def test_printing_never_ends_a_run(monkeypatch):
     (("--init", "somewhere", "--dim", 64), "--dim"), (("--init", "/nowhere"), "/nowhere"), (("--device", "tpu"), "tpu"),
     (("--data", "/nowhere/at/all"), "/nowhere/at/all"), (("--data", "/nowhere/*.txt"), "/nowhere"),
     (("--dtype", "int8"), "--dtype"),
-    (("--lr", "nan"), "--lr"), (("--out", "/proc/nothing"), "--out"),
+    (("--lr", "nan"), "--lr"), (("--out", "/proc/nothing"), "--out"), (("--layers", "²"), "--layers"),
+    (("--layers", "9" * 20), "--layers"), (("--vocab", "9" * 20), "--vocab"), (("--seed", "9" * 25), "--seed"),
+    (("--minutes", "1e308"), "--minutes"), (("--lr", "1e38"), "--lr"), (("--out", ""), "--out"),
+    (("--data", ""), "--data"), (("--init", ""), "--init"), (("--data", "~nosuchuser/x"), "~nosuchuser"),
+    (("--device", "cpu:foo"), "cpu:foo"), (("--layers", "s", "--heads", 2), "--heads"),
 ])
 def test_bad_input_is_one_clear_line(flags, word, tmp_path):
     if "--out" not in flags:

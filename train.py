@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import glob
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -113,12 +114,15 @@ class Processes:
     """The processes that torchrun started, each with its share of every batch; just this one without torchrun."""
 
     def __init__(self):
-        self.rank, self.size, self.local = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if self.size > 1 and not dist.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(self.local)
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            self.rank, self.size, self.local = (int(os.environ.get(name, default)) for name, default in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            if self.size > 1 and not dist.is_initialized():
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(self.local)
+                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE and the like are torchrun's to set, all of them ({error})") from None
 
     def agree(self, *values):
         """The first process's values, for all: what depends on its clock must not differ."""
@@ -193,9 +197,11 @@ def pick_device(device=None):
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not there.get(str(device).split(":")[0]):
+    kind, _, number = str(device).partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or number and not (number.isdecimal() and int(number) < count):
         raise UserError(f"--device {device}: not on this machine; it has {', '.join(d for d in there if there[d])}")
-    return str(device)
+    return str(device) if kind == "cuda" else kind
 
 
 # How many FLOPs a run has → the shape to spend them on. Small batches, so many steps, come first: at these budgets they
@@ -241,15 +247,21 @@ class Tokenizer:
         """source: the text of a tokenizer.json; eos_ids: the ids that end a text, if the configuration has them."""
         try:
             self.library = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:                                           # the library raises bare Exceptions
-            raise UserError(f"tokenizer.json is not one that the tokenizers library reads: {error}") from None
-        self.source, self.beside, spec = source, {}, json.loads(source)      # beside: chat template and the like
+            self.read(json.loads(source), eos_ids)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:                                       # the library raises bare Exceptions, and
+            raise UserError(f"tokenizer.json is not one that is known here: {error}") from None  # panics in Rust
+        self.source, self.beside, self._bytes = source, {}, {}               # beside: chat template and the like
+
+    def read(self, spec, eos_ids):
+        """Take over what a tokenizer.json says."""
         self.added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens") or [] if t["special"]}
         self.vocab_size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_ids = list(eos_ids) if eos_ids else [self.special[END_OF_TEXT]] if END_OF_TEXT in self.special else []
-        self.fast, self.chars, self._bytes = None, None, {}
-        model, cut = spec["model"], (spec.get("pre_tokenizer") or {}).get("pretokenizers", [{}])[0].get("pattern")
+        self.fast = self.chars = None
+        model, cut = spec["model"], ((spec.get("pre_tokenizer") or {}).get("pretokenizers") or [{}])[0].get("pattern")
         if cut == {"Regex": PATTERN} and spec.get("normalizer") is None:     # one of ours
             ranks = {_from_byte_level(t): i for t, i in model["vocab"].items()}
             self.fast = tiktoken.Encoding("twin", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
@@ -416,7 +428,8 @@ def find_files(data):
         return path.parent, [path]
     if path.is_dir():
         hidden = lambda p: any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(path).parts)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p))
+        runs = {p.parent for p in path.rglob("state.pt")}                    # what a run wrote is no text
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p) and not runs & {*p.parents})
         if not files:
             raise UserError(f"--data {data}: the folder holds no files")
         return path, files
@@ -452,13 +465,17 @@ class Corpus:
     files: int
     train_bytes: int
     val_bytes: int
-    folder: Path
+    val_text: bytes                                                          # its first VAL_TEXT bytes
+    digest: str                                                              # of the tokens to train on
 
 
 def cache_folder():
     """Where tokenized corpora are kept from run to run: $TWIN_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("TWIN_CACHE")
-                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
+    try:
+        return Path(os.environ.get("TWIN_CACHE")
+                    or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twin")
+    except RuntimeError:
+        raise UserError("this user has no home folder: set TWIN_CACHE to a folder that can hold the tokens") from None
 
 
 def compiled_folder():
@@ -468,7 +485,8 @@ def compiled_folder():
 
 def validation_files(root, files):
     """One file in ten by a hash of its path (at least one): on the same side on every machine, in every run."""
-    keys = {p: int(hashlib.sha256(p.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for p in files}
+    name = lambda p: p.relative_to(root).as_posix().encode(errors="surrogateescape")
+    keys = {p: int(hashlib.sha256(name(p)).hexdigest()[:8], 16) for p in files}
     chosen = {p for p in files if keys[p] % 10 == 0}
     return chosen if chosen and len(chosen) < len(files) else {min(files, key=keys.get)}
 
@@ -491,32 +509,48 @@ def load_corpus(data, kind, vocab, tokenizer=None):
 
     `tokenizer` (of a folder that training starts from) is used instead of building one of the kind.
     """
-    root, files = find_files(data)
-    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    try:
+        root, files = find_files(data)
+        stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    except (OSError, RuntimeError) as error:                                 # RuntimeError: ~ of no one
+        raise UserError(f"--data {data}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     recipe = tokenizer.source if tokenizer else [kind, vocab if kind == "bpe" else None, PATTERN]
     key = hashlib.sha256(json.dumps([str(root.resolve()), stamp, recipe]).encode()).hexdigest()[:24]
     folder = cache_folder() / key
-    if not (folder / "about.json").exists():
-        try:
+    made = None
+    try:
+        if kept_tokens(folder) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(dir=folder.parent))
-        except OSError as error:
-            raise UserError(f"{folder.parent}: cannot be written ({error.strerror}); set TWIN_CACHE to a folder that "
-                            "can hold the tokens") from None
-        try:
             write_tokens(made, root, files, kind, vocab, tokenizer)
-            with contextlib.suppress(OSError):                               # another run was quicker, with the same
+            if kept_tokens(folder) is None:                                  # else another run was quicker
+                shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-        finally:
+        about = kept_tokens(folder)
+        tokenizer = tokenizer or Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        train, val = (np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if about["sizes"][f"{part}.bin"]
+                      else np.zeros(0, about["dtype"]) for part in ("train", "val"))
+        return Corpus(tokenizer, train, val, len(files), about["train_bytes"], about["val_bytes"],
+                      (folder / "val.txt").read_bytes(), about["digest"])
+    except (OSError, TypeError) as error:                                    # TypeError: gone again by now
+        raise UserError(f"{folder.parent}: does not hold the tokens ({getattr(error, 'strerror', None) or error}); set "
+                        "TWIN_CACHE to a folder that can") from None
+    finally:
+        if made:
             shutil.rmtree(made, ignore_errors=True)
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    tokenizer = tokenizer or Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    parts = {}
-    for part in ("train", "val"):
-        size = (folder / f"{part}.bin").stat().st_size
-        parts[part] = (np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if size
-                       else np.zeros(0, about["dtype"]))
-    return Corpus(tokenizer, parts["train"], parts["val"], len(files), about["train_bytes"], about["val_bytes"], folder)
+
+
+def kept_tokens(folder):
+    """What about.json says of a corpus in the cache; None where not all of it is there."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in about["sizes"].items())
+        return about if whole and about["digest"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+VAL_TEXT = 2 ** 21                                                           # as much as compressors need seconds for
 
 
 def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
@@ -526,17 +560,17 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
     if total == 0:
         raise UserError(f"the data holds no text: {files[0] if len(files) == 1 else root} is empty")
     if tokenizer is None:
-        texts = [text for val, text, _ in documents(root, files, read) if not val] if kind in ("bpe", "chars") else []
+        texts = []
         if kind == "chars":                                                  # the last tenth's characters are known too
             texts = [text for _, text, _ in documents(root, files, read)]
-        if kind == "bpe":                                                    # 4 MB, evenly spread, teach merges as well
-            texts = [text[:2 ** 22] for text in texts[::max(1, round(total / 2 ** 22))]]
+        if kind == "bpe":
+            texts = spread((text for val, text, _ in documents(root, files, read) if not val), total)
         tokenizer = make_tokenizer(kind, vocab, texts)
         if kind == "bpe" and tokenizer.vocab_size < vocab:
             print(f"  the text gives only {tokenizer.vocab_size} tokens, fewer than --vocab {vocab}")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
     end = np.asarray(tokenizer.eos_ids[:1], dtype)
-    sizes, batch, waiting = {"train": 0, "val": 0}, [], 0
+    sizes, batch, waiting, digest = {"train": 0, "val": 0}, [], 0, hashlib.sha256()
     with contextlib.ExitStack() as stack:
         out = {part: stack.enter_context(open(folder / f"{part}.bin", "wb")) for part in sizes}
         val_text = stack.enter_context(open(folder / "val.txt", "wb"))
@@ -551,12 +585,13 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
             for (val, text, ends), row in zip(batch, rows):
                 raw = text if isinstance(text, bytes) else text.encode("utf-8")
                 part = "val" if val else "train"
-                row.astype(dtype).tofile(out[part])
-                if ends:
-                    end.tofile(out[part])
+                row = np.concatenate([row.astype(dtype), end]) if ends else row.astype(dtype)
+                row.tofile(out[part])
                 sizes[part] += len(raw)
-                if val and val_text.tell() < 2 ** 24:
-                    val_text.write(raw)
+                if val:
+                    val_text.write(raw[:VAL_TEXT - val_text.tell()])
+                else:
+                    digest.update(row)
                 bar.update(len(raw))
             batch, waiting = [], 0
 
@@ -568,8 +603,16 @@ def write_tokens(folder, root, files, kind, vocab, tokenizer=None):
                     flush()
         flush()
     (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
-    about = dict(dtype=dtype.name, train_bytes=sizes["train"], val_bytes=sizes["val"])
+    about = dict(dtype=dtype.name, train_bytes=sizes["train"], val_bytes=sizes["val"], digest=digest.hexdigest(),
+                 sizes={p.name: p.stat().st_size for p in folder.iterdir()})
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def spread(texts, total, wanted=2 ** 22):
+    """Of texts of `total` bytes about 4 MB, which teach a tokenizer's merges as well as all: one piece in so many."""
+    every = max(1, round(total / wanted))
+    cut = (text[i:i + 2 ** 16] for text in texts for i in range(0, len(text), 2 ** 16))
+    return list(itertools.islice(cut, 0, None, every)) if every > 1 else list(texts)
 
 
 def pieces(text, size=2 ** 20):
@@ -699,9 +742,24 @@ def parse_config(raw, generation=None):
 
     UserError names what is not supported: nothing is loaded that would compute something else.
     """
+    try:
+        c = (parse_mamba2 if raw.get("model_type") == "mamba2" else parse_attention)(raw, generation)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: a value is none of its kind ({error})") from None
+    for name, value in dict(hidden_size=c.dim, vocab_size=c.vocab, max_position_embeddings=c.context,
+                            num_attention_heads=c.heads).items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"config.json: {name} is {value!r}: it must be a whole number from 1")
+    if wrong := [i for i in c.eos_ids if not isinstance(i, int) or not 0 <= i < c.vocab]:
+        raise UserError(f"config.json: eos_token_id {wrong[0]!r} is none of the {c.vocab} tokens")
+    return c
+
+
+def parse_attention(raw, generation):
+    """config.json of the folders that `parse_config` names, but for Mamba-2's → Config."""
     kind = raw.get("model_type")
-    if kind == "mamba2":
-        return parse_mamba2(raw, generation)
     if kind not in KINDS:
         raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(KINDS)}, mamba2")
     defaults, missing = KINDS[kind], [k for k in ("hidden_size", "num_attention_heads", "num_hidden_layers",
@@ -742,7 +800,7 @@ def parse_config(raw, generation=None):
         model_type=kind, layers=layers, dim=dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         hidden=raw["intermediate_size"], vocab=raw["vocab_size"], context=raw.get("max_position_embeddings", 2048),
         windows=[window if t == "sliding_attention" else None for t in types], inv_freq=inv_freq, rotary_factor=factor,
-        eps=raw.get("rms_norm_eps", 1e-6), tied=bool(raw.get("tie_word_embeddings", False)),
+        eps=float(raw.get("rms_norm_eps", 1e-6)), tied=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=defaults["qk_norm"], qkv_bias=bias or kind == "qwen2", out_bias=bias,
         mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), mixers=parse_mixers(raw, layers, dim),
         capacity=raw.get("capacity", 0.125), routing=raw.get("routing", "topk"), eos_ids=end_ids(raw, generation),
@@ -799,7 +857,7 @@ def parse_mamba2(raw, generation):
     return Config(
         model_type="mamba2", layers=layers, dim=c["hidden_size"], heads=c["num_heads"], kv_heads=1, head_dim=0,
         hidden=0, vocab=c["vocab_size"], context=raw.get("max_position_embeddings", 2048), windows=[None] * n,
-        inv_freq=torch.zeros(0), eps=c["layer_norm_epsilon"], tied=bool(raw.get("tie_word_embeddings", False)),
+        inv_freq=torch.zeros(0), eps=float(c["layer_norm_epsilon"]), tied=bool(raw.get("tie_word_embeddings", False)),
         mixers=dict(s=mixer), eos_ids=end_ids(raw, generation), raw=raw)
 
 
@@ -1020,11 +1078,14 @@ def read_json(path):
     def hook(d):
         return float(d["__float__"].replace("Infinity", "inf")) if set(d) == {"__float__"} else d
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=hook)
+        read = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=hook)
+        if not isinstance(read, dict):
+            raise ValueError("no object")
+        return read
     except FileNotFoundError:
         raise UserError(f"{path}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
                         "(python train.py makes one)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -1034,7 +1095,7 @@ def shards(folder):
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         listed = read_json(index).get("weight_map") or {}
-        if any(not isinstance(f, str) or Path(f).name != f for f in listed.values()):
+        if not isinstance(listed, dict) or any(not isinstance(f, str) or Path(f).name != f for f in listed.values()):
             raise UserError(f"{index}: names a file outside its folder")
         missing = sorted({f for f in listed.values() if not (folder / f).is_file()})
         if not missing:
@@ -1121,7 +1182,9 @@ def load_tokenizer(folder, eos_ids=None):
         tokenizer.beside = {p.name: p.read_text(encoding="utf-8") for p in beside if p.exists()}
         return tokenizer
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; other tokenizer files are not read (transformers can save one)") from None
+        raise UserError(f"{path}: not there; no other tokenizer files are read (transformers can save one)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.parent}: its tokenizer's files cannot be read ({error})") from None
 
 
 @contextlib.contextmanager
@@ -1130,7 +1193,7 @@ def replacing(path):
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         beside.touch()
-        mode = beside.stat().st_mode                                         # safetensors makes files for its user alone
+        mode = beside.stat().st_mode                                         # safetensors' files are for one user alone
         yield beside
         beside.chmod(mode)
         with open(beside, "r+b") as f:
@@ -1514,7 +1577,7 @@ class Run:
         state = dict(settings=self.settings, step=self.step, tokens=self.tokens, windows=self.windows,
                      seconds=self.spent(), done=self.done, recent=self.recent, finished=self.finished,
                      loss_scale=self.loss_scale, model=weights, optimizer=optimizer,
-                     config=model.config.raw, train_tokens=len(self.corpus.train),
+                     config=model.config.raw, train_tokens=len(self.corpus.train), digest=self.corpus.digest,
                      tokenizer=dict(source=t.source, eos_ids=t.eos_ids, beside=t.beside))
         try:
             save(model, t, self.out)
@@ -1527,10 +1590,14 @@ class Run:
 
     def restore(self, state):
         """Go on from what `save` wrote; with more minutes, steps or passes than then, less of the run is over."""
-        if len(self.corpus.train) != state["train_tokens"]:
+        if len(self.corpus.train) != state["train_tokens"] or self.corpus.digest != state.get("digest",
+                                                                                              self.corpus.digest):
             raise UserError("the data is not what this run was trained on; put it back, "
                             "or start a new run in another --out")
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{self.out / 'state.pt'}: its optimizer is not this model's ({error})") from None
         for name in ("step", "tokens", "windows", "recent", "loss_scale"):
             setattr(self, name, state[name])
         self.spent_before = state["seconds"]
@@ -1539,10 +1606,11 @@ class Run:
         if self.settings["passes"]:
             share = min(share, (state["settings"].get("passes") or math.inf) / self.settings["passes"])
         self.done = state["done"] * share
-        if (self.out / "log.jsonl").exists():
-            lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line]
-            self.log = [dict(r, done=round(r["done"] * share, 4)) for r in records if r["step"] <= self.step]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):                   # the picture's: no
+            for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():       # run ends for it
+                record = json.loads(line)
+                if record["step"] <= self.step:
+                    self.log.append(dict(record, done=round(record["done"] * share, 4)))
 
     def record(self, val_loss, val_bpb, speed):
         """Note an evaluation; the training loss beside it is the mean since the one before."""
@@ -1669,10 +1737,10 @@ def distillation(x, w, teacher_x, teacher_w, temperature=TEACHER_TEMPERATURE):
     arXiv 1503.02531). x [N, C], w [V, C], the teacher's as wide as it is; a chunk of logits at a time.
     """
     def part(x, t):
-        student = ((x @ w.T).float() / temperature).log_softmax(-1)
-        teacher = ((t @ teacher_w[:len(w)].T).float() / temperature).log_softmax(-1)
+        student = ((x @ w[:shared].T).float() / temperature).log_softmax(-1)
+        teacher = ((t @ teacher_w[:shared].T).float() / temperature).log_softmax(-1)
         return nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    rows = max(256, 2 ** 22 // len(w))
+    rows, shared = max(256, 2 ** 22 // len(w)), min(len(w), len(teacher_w))  # one may be padded
     parts = [checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(rows), teacher_x.split(rows))]
     return sum(parts) * temperature ** 2 / len(x)
 
@@ -1787,7 +1855,7 @@ def train_loop(run, stop):
     """Steps until the clock, the step count or a signal ends them → whether the run came to its end."""
     s, corpus, model = run.settings, run.corpus, run.model
     lengths, per_token = token_lengths(corpus.tokenizer), flops_per_token(model, s["context"])
-    peak = run.machine.flops[getattr(torch, s["dtype"])] if run.machine else None
+    peak = run.machine and run.machine.flops.get(getattr(torch, s["dtype"]))  # a CPU was not asked for float16
     total, reserve = s["minutes"] and 60 * s["minutes"], 0.0
     c = model.config
     forward = Forward(model, s["compile"], f"{c.heads} heads over {c.kv_heads} of {c.head_dim}, MLP {c.hidden}, "
@@ -1800,11 +1868,14 @@ def train_loop(run, stop):
     bar = tqdm(total=total or s["steps"], desc="train", initial=0 if total else run.step,
                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}", **quiet_bar())
     model.train()
+    if total and began >= total:
+        tqdm.write(f"preparing took {clock(began)}, all of --minutes {s['minutes']:g}: one step is made",
+                   file=sys.stderr)
     with bar:
         while True:
             done = (begun + (1 - begun) * (run.spent() - began) / max(1e-9, total - reserve - began) if total
                     else run.step / s["steps"])
-            done = max(done, run.read())
+            done = min(1.0, max(done, run.read()))
             run.done, code, due = run.processes.agree(done, stop.code, time.monotonic() - saved > SAVE_EVERY)
             if code:
                 stop.code = code
@@ -1834,8 +1905,8 @@ def train_loop(run, stop):
                 bad += 1
                 tqdm.write(f"step {run.step}: the loss is not finite, the step is skipped", file=sys.stderr)
                 if bad == 5:
-                    raise UserError("five steps in a row without a finite loss; the last checkpoint is the last good "
-                                    "one: resume from it with a lower --lr")
+                    raise UserError("five steps in a row without a finite loss; what was saved before is kept: start "
+                                    "again, into another --out, with a lower --lr")
             run.clear_gradients()
             run.step += 1
             forward.times.append(time.monotonic() - t)
@@ -1879,18 +1950,19 @@ def finish(run):
     lengths = token_lengths(corpus.tokenizer)
     limit = whole_tokens(s["minutes"] and 60 * s["minutes"])
     val_loss, val_bpb = evaluate(model, corpus.val, s["context"], lengths, limit, s["dtype"])
+    if not math.isfinite(val_loss):
+        raise UserError("the loss is not finite at the end: start again, into another --out, with a lower --lr")
     run.finished, run.done = True, 1.0
     run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"] if run.log else None)
     run.save()
     print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) "
           f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens"
-          + (f"; on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
+          + (f",\n             on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
     if run.read() >= 1:
         print(f"             the text was read {run.tokens / len(corpus.train):.0f} times, and reading on would be "
               "learning by heart: give more (--data), or --passes")
-    text = (corpus.folder / "val.txt").read_bytes()
-    print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
-          + "   on the same text")
+    print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(corpus.val_text).items())
+          + ("   on the same text" if corpus.val_bytes <= VAL_TEXT else f"   on its first {VAL_TEXT >> 20} MB"))
     start = corpus.tokenizer.eos_ids[:1] or corpus.tokenizer.encode("\n")
     room = max(1, min(150, s["context"] - 1))
     if s["data"] is None:
@@ -1900,12 +1972,14 @@ def finish(run):
               f"min-p {SHARP['min_p']}) are Python as far as they go")
         start = start + corpus.tokenizer.encode(PROMPT)
     sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
-    encoding = sys.stdout.encoding or "utf-8"
-    print("\n" + sample.encode(encoding, errors="replace").decode(encoding) + "\n")  # a code page never ends a run
+    print(f"\n{sample}\n")
     title = (f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · "
              f"{run.tokens / 1e6:.1f} M tokens")
     if not run.processes.rank:
-        plot(run.log, run.out / "loss.png", title)
+        try:
+            plot(run.log, run.out / "loss.png", title)
+        except OSError as error:
+            print(f"{run.out / 'loss.png'}: cannot be written ({error.strerror})", file=sys.stderr)
     where = "" if s["out"] == "out" else f"--model {shlex.quote(s['out'])} "
     print(f"saved        {run.out}/ (loss.png shows the run)\n"
           f"next         python infer.py {where}" + ('"def fibonacci(n):"' if s["data"] is None else '"…"'))
@@ -1923,11 +1997,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def positive(kind):
-    """An argparse type: an int or a float above 0, and finite."""
+def positive(kind, most=1e9):
+    """An argparse type: an int or a float above 0, up to `most`."""
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not 0 < value <= most:
             raise ValueError
         return value
     parse.__name__ = f"positive {kind.__name__}"
@@ -1936,9 +2010,11 @@ def positive(kind):
 
 def arguments():
     """The command line, as a parser; what is not given is chosen in `plan`."""
-    p = Parser(prog="train.py", description="Train a language model on text; the one dial is --minutes.")
-    p.add_argument("--data", help="a file, a folder or a glob of UTF-8 text (the Python standard library)")
-    p.add_argument("--tokenizer", choices=["bpe", "chars", "bytes", "gpt2", "o200k_base"], help="(bpe)")
+    p = Parser(prog="train.py", description="Train a language model on text; the one dial is --minutes. "
+               "In brackets: what is taken where a flag is not given.")
+    p.add_argument("--data", help="a file, a folder or a glob of UTF-8 text (Python's standard library)")
+    p.add_argument("--tokenizer", choices=["bpe", "chars", "bytes", "gpt2", "o200k_base"],
+                   help="pairs merged as the text teaches, characters, bytes, or OpenAI's (bpe)")
     p.add_argument("--vocab", type=positive(int), help="entries of a bpe tokenizer (by the budget)")
     p.add_argument("--minutes", type=positive(float), help="wall clock from start to trained model (5)")
     p.add_argument("--steps", type=positive(int), help="train that many steps instead: the same bits each time")
@@ -1954,8 +2030,9 @@ def arguments():
     p.add_argument("--kv-heads", type=positive(int), help="key and value heads (heads, from 8 on half of them)")
     p.add_argument("--context", type=positive(int), help="tokens in a window (by the budget)")
     p.add_argument("--batch", type=positive(int), help="windows in a step (by the budget)")
-    p.add_argument("--lr", type=positive(float), help=f"Muon's learning rate, the others keep their ratio to it ({LR})")
-    p.add_argument("--seed", type=int, help="(0)")
+    p.add_argument("--lr", type=positive(float), help=f"Muon's learning rate, the others keep their ratio to it ({LR}; "
+                   f"with --init {LR / 10})")
+    p.add_argument("--seed", type=int, help="of weights, the data's order and samples (0)")
     p.add_argument("--out", default="out", help="folder for the model (%(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--init", help="start from the model in this folder: fine-tuning")
@@ -1974,8 +2051,11 @@ def check(args):
         raise UserError("--minutes and --steps: give one of them")
     if args.passes and args.steps:
         raise UserError("--passes belongs to --minutes; --steps says itself when to end")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed {args.seed}: it must be 0 or more")
+    if args.seed is not None and not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed {args.seed}: it must be 0 or more, and below 2⁶³")
+    for flag in ("data", "out", "init", "teacher", "layers"):
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag} is empty")
     if args.vocab and args.tokenizer not in (None, "bpe"):
         raise UserError(f"--vocab belongs to --tokenizer bpe, not to {args.tokenizer}")
     if args.capacity and args.capacity > 1:
@@ -2011,8 +2091,7 @@ def plan(args, machine, processes, width=None):
         s["batch"] = -(-s["batch"] // processes.size) * processes.size
     if s["batch"] % processes.size:
         raise UserError(f"--batch {s['batch']}: the {processes.size} processes must get the same number of windows")
-    if str(s["layers"]).isdigit():
-        s["layers"] = "a" * int(s["layers"])
+    s["layers"] = spelled(s["layers"])
     if not s["layers"] or set(s["layers"].lower()) - set(KNOWN):
         raise UserError(f"--layers {args.layers}: a number of blocks, or one letter for each; known are "
                         + ", ".join(f"{letter} ({what})" for letter, what in KNOWN.items())
@@ -2022,8 +2101,11 @@ def plan(args, machine, processes, width=None):
         if s[flag] is not None and not routed and not args.init:
             raise UserError(f"--{flag} {s[flag]}: it belongs to routed blocks, capital letters in --layers")
         s[flag] = s[flag] or value
+    headed = set(s["layers"].lower()) & {"a", "d"}
+    if (args.heads or args.kv_heads) and not headed:
+        raise UserError(f"--{'heads' if args.heads else 'kv-heads'}: no block of {s['layers']} has heads to choose")
     heads = s["heads"] = args.heads or max(1, s["dim"] // 64)
-    if s["dim"] % heads or s["dim"] // heads % 2:
+    if headed and (s["dim"] % heads or s["dim"] // heads % 2):
         raise UserError(f"--dim {s['dim']} and --heads {heads}: the head size must come out whole and even")
     s["kv_heads"] = args.kv_heads or (heads // 2 if heads >= 8 and heads % 2 == 0 else heads)
     if heads % s["kv_heads"]:
@@ -2034,6 +2116,11 @@ def plan(args, machine, processes, width=None):
     if args.compile is None and (args.steps or args.shard or s["device"] != "cpu" or not compiler_there()):
         s["compile"] = False                                                 # else None: the loop measures if it pays
     return s
+
+
+def spelled(layers):
+    """--layers → a letter a block: a number of blocks is so many a."""
+    return "a" * int(layers) if layers.isdecimal() and len(layers) < 5 else layers
 
 
 def compiler_there():
@@ -2058,7 +2145,11 @@ def read_state(out):
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("settings", "step", "tokens", "windows", "seconds", "done", "recent", "finished", "loss_scale",
+                    "model", "optimizer", "config", "train_tokens", "tokenizer"):
+            state[key]
+        return state
     except Exception as error:                                               # a broken zip, pickle or file: many kinds
         raise UserError(f"{path}: incomplete or not a checkpoint of train.py ({type(error).__name__})") from None
 
@@ -2070,12 +2161,16 @@ def resumed_settings(args, saved, finished=False):
     for flag, value in vars(args).items():
         if flag in ("resume", "out", "minutes", "steps", "passes", "shard") or value is None:
             continue
-        value = "a" * int(value) if flag == "layers" and value.isdigit() else value
-        if value != saved.get(flag):
+        value = spelled(value) if flag == "layers" else value
+        same = (lambda p: p and Path(p).resolve()) if flag in ("data", "init", "teacher") else lambda p: p
+        if same(value) != same(saved.get(flag)):
             raise UserError(f"--{flag.replace('_', '-')} {value}: the run in {args.out} has {saved.get(flag)}; "
                             "a resumed run keeps its settings")
-    if args.minutes and saved["steps"] or args.steps and saved["minutes"]:
-        raise UserError(f"the run in {args.out} counts {'steps' if saved['steps'] else 'minutes'}; give more of those")
+    counted = "steps" if saved["steps"] else "minutes"
+    if counted == "steps" and (args.minutes or args.passes) or args.steps and counted == "minutes":
+        raise UserError(f"the run in {args.out} counts {counted}; give more of those")
+    if (given := getattr(args, counted)) and given < saved[counted] and not finished:
+        raise UserError(f"--{counted} {given:g}: the run in {args.out} has {saved[counted]:g}; it may be given more")
     compile = bool(saved["compile"]) if args.shard else saved["compile"]     # cut weights are not tried both ways
     passes = args.passes or (None if finished else saved.get("passes"))      # who asks for more gets more
     return dict(saved, out=args.out, shard=args.shard, compile=compile, passes=passes,
@@ -2121,17 +2216,29 @@ def prepare(args, processes):
     context = settings["context"]
     for part, tokens, least in (("training", corpus.train, context + 2), ("validation", corpus.val, 2)):
         if len(tokens) < least:
-            raise UserError(f"the {part} part of the data has {len(tokens)} tokens, "
-                            f"fewer than a context of {context} needs; give more text or a smaller --context")
+            raise UserError(f"the {part} part of the data has {len(tokens)} tokens and needs {least}: give more text"
+                            + (" or a smaller --context" if part == "training" else ""))
     if start:
-        model = start[0].train()
-        model.config.raw.update(dtype="float32", torch_dtype="float32")
+        model, raw = start[0].train(), start[0].config.raw
+        raw.update(dtype="float32", torch_dtype="float32")
+        if context > model.config.context:                                   # where it is more than a length, it counts
+            if (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+                raise UserError(f"--context {context}: the positions of {args.init} are scaled for up to "
+                                f"{model.config.context} tokens")
+            raw["max_position_embeddings"] = model.config.context = context
     else:
         raw = state["config"] if state else our_config(
             settings["layers"], settings["dim"], settings["heads"], settings["kv_heads"],
             corpus.tokenizer.vocab_size, context, corpus.tokenizer.eos_ids, settings["capacity"], settings["routing"])
         model = empty_model(parse_config(raw), device="cpu" if settings["shard"] else device)
-        model.load_state_dict(state["model"]) if state else model.initialize(settings["seed"])
+        if not state:
+            model.initialize(settings["seed"])
+        else:
+            try:
+                model.load_state_dict(state["model"])
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise UserError(f"{args.out}/state.pt: its weights are not its own config's "
+                                f"({str(error).splitlines()[-1].strip()})") from None
     if settings["shard"]:
         shard(model, processes, device)                                      # which brings each piece to its device
     run = Run(settings, corpus, model, machine, teacher and teacher[0].eval().requires_grad_(False), processes)
@@ -2141,8 +2248,10 @@ def prepare(args, processes):
     size = sum(w.numel() for w in model.parameters())
     token_bytes = (corpus.train_bytes + corpus.val_bytes) / max(1, len(corpus.train) + len(corpus.val))
     print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, "
-          f"{corpus.val_bytes / 1e6:.2f} MB to validate; "
-          f"{corpus.tokenizer.vocab_size:,} tokens, {token_bytes:.2f} bytes each")
+          f"{corpus.val_bytes / 1e6:.2f} MB to validate\n"
+          f"tokens       {corpus.tokenizer.vocab_size:,}, of {token_bytes:.2f} bytes on average")
+    if not 0.01 < corpus.val_bytes / (corpus.train_bytes + corpus.val_bytes) < 0.3:
+        print("             (a hash of names divides so few files unevenly: more files, or one, divide better)")
     print(f"model        {len(c.layers)} layers × {c.dim}, "
           + ("" if set(c.layers) == {"a"} else f"{c.layers}, ")
           + (f"{c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, " if "a" in c.layers.lower() else "")
@@ -2237,6 +2346,7 @@ def train(args, processes):
             run.save()
             print(f"stopped at step {run.step:,} and saved; go on with --resume", file=sys.stderr)
             return stop.code
+        run.save()                                                           # before the long look back in `finish`
     if not processes.rank or run.optimizer.cut:                              # a cut model computes in all at once
         finish(run)
     return 0
