@@ -55,7 +55,7 @@ def count(capacity, T):
     """How many of T tokens a block takes: ⌈capacity · T⌉. ValueError unless 0 < capacity ≤ 1."""
     if not 0 < capacity <= 1:
         raise ValueError(f"capacity is {capacity}: it must be above 0 and at most 1")
-    return math.ceil(capacity * T)
+    return math.ceil(capacity * T * (1 - 1e-12))                             # 0.07 · 100 comes out a little above 7
 
 
 def top_rows_numpy(scores, capacity):
@@ -254,7 +254,7 @@ class _ScatterAddRows(torch.autograd.Function):
 
 
 def _check(op, x, rows, update=None, weight=None):
-    if x.ndim != 2 or rows.ndim != 1 or rows.is_floating_point():
+    if x.ndim != 2 or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: x {tuple(x.shape)} and rows {tuple(rows.shape)} {rows.dtype} must be [N, C] and [M], "
                          "whole numbers")
     if update is not None and (update.shape != (len(rows), x.shape[1]) or weight.shape != rows.shape):
@@ -262,24 +262,24 @@ def _check(op, x, rows, update=None, weight=None):
                          f"[{len(rows)}, {x.shape[1]}] and [{len(rows)}]")
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not len(rows):
         return                                                               # looking at numbers would wait for them
-    if not 0 <= int(rows[0]) <= int(rows[-1]) < len(x):
-        raise ValueError(f"{op}: rows must lie in 0 … {len(x) - 1}, ascending")
+    if int(rows[0]) < 0 or int(rows[-1]) >= len(x) or bool((rows[1:] <= rows[:-1]).any()):
+        raise ValueError(f"{op}: rows must lie in 0 … {len(x) - 1}, ascending, none twice")
 
 
 def gather_rows(x, rows):
     """x [N, C], rows [M] ascending, none twice → x̃ [M, C], differentiable. ValueError for shapes that do not fit."""
     _check("gather_rows", x, rows)
-    return _GatherRows.apply(x.contiguous(), rows) if on_kernel(x) else x.index_select(0, rows)
+    return _GatherRows.apply(x.contiguous(), rows.contiguous()) if on_kernel(x) else x.index_select(0, rows)
 
 
 def scatter_add_rows(x, rows, update, weight):
     """y [N, C] = x, with weight · update added where rows say: update [M, C], weight [M]; differentiable.
 
-    Where no gradient is asked for, x itself is changed and returned. ValueError for shapes that do not fit.
+    Where no gradient is asked for, x itself may be changed and returned. ValueError for shapes that do not fit.
     """
     _check("scatter_add_rows", x, rows, update, weight)
     if on_kernel(x):
-        return _ScatterAddRows.apply(x.contiguous(), rows, update.contiguous(), weight.contiguous())
+        return _ScatterAddRows.apply(*(t.contiguous() for t in (x, rows, update, weight)))
     update = update * weight[:, None].to(update.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or update.requires_grad)
     return x.index_add(0, rows, update.to(x.dtype)) if learns else x.index_add_(0, rows, update.to(x.dtype))
@@ -298,6 +298,8 @@ class RoutedState:
 
     def chosen(self, keep):
         """keep [B, T] bool → the state for the chosen tokens, which come one sequence after the other, [1, n, C]."""
+        if len(self.states) != len(keep):
+            raise ValueError(f"RoutedState: {len(self.states)} states for {len(keep)} sequences")
         some = [(state, n) for state, n in zip(self.states, keep.sum(1).tolist()) if n]
         if not some:
             return None
@@ -352,8 +354,8 @@ class MixtureOfDepths(nn.Module):
     others). In training `auxiliary` is the predictor's loss, to be added, and `counts` what `agreement` reads.
     C: channels; None: what the block's first norm has. ValueError unless 0 < capacity ≤ 1.
 
-    Training knows no padding: all T tokens of a sequence compete. A sequence of one token goes through whole, and so
-    does everything at a capacity of 1.
+    Training knows no padding: all T tokens of a sequence compete. In training by "topk" a sequence of one token goes
+    through whole; at a capacity of 1 everything does, always.
     """
 
     def __init__(self, block, capacity=0.125, routing="topk", C=None):
@@ -385,6 +387,11 @@ class MixtureOfDepths(nn.Module):
             last.bias.zero_()
 
     def forward(self, x, positions, state=None):
+        if x.ndim != 3 or x.shape[2] != self.router.in_features or positions.shape[-1:] != x.shape[1:2]:
+            raise ValueError(f"MixtureOfDepths: x {tuple(x.shape)} and positions {tuple(positions.shape)} must be "
+                             f"[B, T, {self.router.in_features}] and [T] or [B, T]")
+        if not x.numel():
+            return x
         shape = B, T, C = x.shape
         flat = x.flatten(0, 1)
         scores = self.router(flat)[:, 0]                                     # [B · T], of at least float32
@@ -402,11 +409,11 @@ class MixtureOfDepths(nn.Module):
                 return x
             rows = keep.nonzero()[:, 0].to(x.device)
             packed = (1, len(rows))
-        at = (positions if positions.ndim == 2 else positions.expand(B, T)).reshape(-1)[rows].view(packed)
+        at = positions.expand(B, T).reshape(-1)[rows].view(packed)
         some = gather_rows(flat, rows)
         update = self.block.delta(some.view(*packed, C), at, inner).flatten(0, 1)
         weight = torch.sigmoid(scores[rows])
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (flat, update, weight))):
             flat = flat.clone()                                              # it is written to, and may be the caller's
         return scatter_add_rows(flat, rows, update, weight.to(update.dtype)).view(shape)
 
@@ -425,12 +432,15 @@ class MixtureOfDepths(nn.Module):
 
     def decide(self, x, scores, bar):
         """x [N, C], scores [N] → which are taken, [N] bool: of each token by itself."""
+        if self.capacity == 1:
+            return torch.ones_like(scores, dtype=torch.bool)
         return (self.predicted(x, scores, bar) if self.routing == "topk" else scores - bar) > 0
 
     def predicted(self, x, scores, bar):
         """The predictor's logits [N], from the token and from its score above θ."""
         first, last = self.predictor
-        x = F.silu(first(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))             # float16 ends at 256²
+        x = F.silu(first(x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)))
         return last(torch.cat([x, (scores - bar)[:, None].to(x.dtype)], dim=-1))[:, 0]
 
     def learn(self, x, scores, rows, bar):
@@ -452,6 +462,7 @@ class MixtureOfDepths(nn.Module):
         moved = torch.where(torch.isnan(self.threshold), mean, torch.lerp(self.threshold, mean, 0.1))
         self.threshold.copy_(torch.where(torch.isnan(mean), self.threshold, moved))
         self.cuts.zero_()
+        self.auxiliary = 0.0                                                 # and no graph of a step that is over
 
     def apart(self, B):
         """States for B whole sequences that are taken apart."""
@@ -586,13 +597,13 @@ def show_choice(model, text, layer):
     with torch.no_grad():
         model.eval()(text[None])
     del block.decide
-    letters, marked, inside = bytes(text.tolist()).decode("utf-8", "replace"), [], False
-    for letter, keep in zip(letters, seen["keep"].tolist()):
+    marked, inside = [], False
+    for byte, keep in zip(bytes(text.tolist()), seen["keep"].tolist()):
         if keep != inside:
-            marked.append("‹" if keep else "›")
-        marked.append(letter)
+            marked.append(("‹" if keep else "›").encode())
+        marked.append(bytes([byte]))
         inside = keep
-    return "".join(marked) + "›" * inside, sum(seen["keep"].tolist()) / len(text)
+    return b"".join(marked).decode("utf-8", "replace") + "›" * inside, sum(seen["keep"].tolist()) / len(text)
 
 
 def compare_times(C=256, capacity=0.125, tries=3):
@@ -759,6 +770,8 @@ def main(argv=None):
         return 2
     try:
         isoflop(args.minutes, Path(args.out)) if args.isoflop else show_all()
+    except BrokenPipeError:
+        raise
     except OSError as error:                                                 # no library to read, no room to write
         print(f"mod.py: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,7 @@ S4: Gu et al. 2021, arXiv 2111.00396; S4D: 2206.11893; HiPPO: 2008.07669. Mamba:
 after 64,000 others; `python ssm.py --probe` what a state of fixed size can't remember.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -152,8 +153,22 @@ def _pack_backward_numpy(op, tensors, by_token, state, cu_seqlens, grad):
     return *sums, *([] if state is None else [np.concatenate(dstates)])
 
 
+def _exact(op):
+    """An op that autocast does not reach: what is summed over a whole text is summed in float32."""
+    @functools.wraps(op)
+    def exact(*args, **options):
+        kind = next((a.device.type for a in (*args, *options.values()) if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(kind):
+            return op(*args, **options)
+        with torch.autocast(kind, enabled=False):
+            return op(*args, **options)
+    return exact
+
+
 def _offsets(op, cu_seqlens, T, B):
-    """ValueError unless cu_seqlens [n + 1] are offsets into T packed rows, on a CPU, where values can be looked at."""
+    """cu_seqlens [n + 1] as kernels read it. ValueError unless it has offsets into T packed rows: of values on a CPU,
+    where they can be looked at.
+    """
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} must be [sequences + 1] "
                          "offsets, int32")
@@ -163,6 +178,7 @@ def _offsets(op, cu_seqlens, T, B):
         cu = cu_seqlens.tolist()
         if cu[0] != 0 or cu[-1] > T or any(a > b for a, b in zip(cu, cu[1:])):
             raise ValueError(f"{op}: cu_seqlens must rise from 0 to at most {T}, the rows there are: {cu[:9]}")
+    return cu_seqlens.contiguous()
 
 
 def _pack_in_torch(whole, step, tensors, state, cu_seqlens):
@@ -325,6 +341,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, dy):
         rows, w, bias, state, cu_seqlens, first, last, seq = ctx.saved_tensors
         (B, T, C), K = ctx.shape, w.shape[1]
@@ -363,7 +380,7 @@ def _conv_in_torch(x, w, bias, state):
     K = w.shape[1]
     before = x.new_zeros(x.shape[0], x.shape[2], K - 1) if state is None else state.to(x.dtype)
     line = torch.cat([before, x.mT], dim=2)                                  # [B, C, K − 1 + T]
-    after = line[:, :, line.shape[2] - (K - 1):]
+    after = line[:, :, line.shape[2] - (K - 1):].clone()                     # not the whole text with it
     if not x.shape[1]:
         return x, after
     return _conv_silu(line, w, bias).mT, after
@@ -385,19 +402,22 @@ def _tails(x, state, cu_seqlens, B, T, K):
     return torch.where(here[:, None], some, state.to(x.dtype).gather(2, old))
 
 
+@_exact
 def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     """Each channel convolved with its last K inputs, then SiLU: x [B, T, C], w [C, K], bias [C] → (y as x, state).
 
     state [B, C, K − 1]: the inputs before the first, oldest first (None: zeros), and after the last. Differentiable,
     the state too. Packed: `cu_seqlens` [sequences + 1], B = 1, a state for each. ValueError for shapes that do not fit.
     """
-    if x.ndim != 3 or w.ndim != 2 or len(w) != x.shape[2] or bias is not None and bias.shape != w.shape[:1]:
+    _floats("causal_conv1d", x=x)
+    if (x.ndim != 3 or w.ndim != 2 or len(w) != x.shape[2] or not w.shape[1]
+            or bias is not None and bias.shape != w.shape[:1]):
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)}, w {tuple(w.shape)}, bias "
                          f"{None if bias is None else tuple(bias.shape)} must be [B, T, C], [C, K], [C]")
     (B, T, C), K = x.shape, w.shape[1]
     sequences = B
     if cu_seqlens is not None:
-        _offsets("causal_conv1d", cu_seqlens, T, B)
+        cu_seqlens = _offsets("causal_conv1d", cu_seqlens, T, B)
         sequences = len(cu_seqlens) - 1
     if state is not None and state.shape != (sequences, C, K - 1):
         raise ValueError(f"causal_conv1d: state {tuple(state.shape)} must be {(sequences, C, K - 1)}")
@@ -407,7 +427,8 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
     if cu_seqlens is None:
         return _conv_in_torch(x, w, bias, state)
     # Packed: one convolution over all, and the first K − 1 tokens of each sequence, which must not see the one before.
-    y, ends = _conv_in_torch(x, w, bias, None)[0], cu_seqlens.tolist()
+    ends = cu_seqlens.tolist()
+    y = _conv_in_torch(x[:, :ends[-1]], w, bias, None)[0]
     at = [i + k for i, j in zip(ends, ends[1:]) for k in range(min(K - 1, j - i))]
     own = [(s, min(K - 1, j - i)) for s, (i, j) in enumerate(zip(ends, ends[1:])) if j > i]
     if at:
@@ -420,16 +441,18 @@ def causal_conv1d(x, w, bias=None, state=None, cu_seqlens=None):
         heads = heads.index_put((row[:, None], torch.arange(C, device=x.device), column[:, None]), x[0, at])
         first = _conv_silu(heads, w, bias)                                   # [n, C, K − 1]
         y = y.index_copy(1, at, first[row, :, column - (K - 1)][None])
-    if ends[-1] < T:
-        y = torch.cat([y[:, :ends[-1]], torch.zeros_like(y[:, ends[-1]:])], dim=1)
-    return y, _tails(x, state, cu_seqlens, B, T, K)
+    return F.pad(y, (0, 0, 0, T - ends[-1])), _tails(x, state, cu_seqlens, B, T, K)
 
 
+@_exact
 def causal_conv1d_step(x, w, bias=None, state=None):
     """One token of each sequence: x [B, C], state [B, C, K − 1] → (y [B, C], state)."""
-    if x.ndim != 2 or len(w) != x.shape[1] or state is None or state.shape != (*x.shape, w.shape[1] - 1):
-        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, w {tuple(w.shape)}, state "
-                         f"{None if state is None else tuple(state.shape)} must be [B, C], [C, K], [B, C, K − 1]")
+    _floats("causal_conv1d_step", x=x)
+    if (x.ndim != 2 or w.ndim != 2 or len(w) != x.shape[1] or state is None
+            or state.shape != (*x.shape, w.shape[1] - 1) or bias is not None and bias.shape != w.shape[:1]):
+        raise ValueError(f"causal_conv1d_step: x {tuple(x.shape)}, w {tuple(w.shape)}, bias "
+                         f"{None if bias is None else tuple(bias.shape)}, state "
+                         f"{None if state is None else tuple(state.shape)} must be [B, C], [C, K], [C], [B, C, K − 1]")
     line = torch.cat([state.to(x.dtype), x[:, :, None]], dim=2)
     z = (line.to(torch.promote_types(torch.float32, x.dtype)) * w).sum(-1)
     return F.silu(z if bias is None else z + bias).to(x.dtype), line[:, :, 1:]
@@ -572,7 +595,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
     tl.store(dS + seq * CHANNELS * N + place, g, mask=mask)
 
 
-SCAN_CHUNK, SCAN_CHANNELS = 16, 32                                           # steps between kept states; of a program
+SCAN_CHUNK, SCAN_CHANNELS = 16, 32                                           # steps between kept states; channels a program
 
 
 class _ScanKernel(torch.autograd.Function):
@@ -694,6 +717,7 @@ class _ScanInPieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, dy, g):
         x, dt, A, B, C, D, *entered = ctx.saved_tensors
         dx, ddt, dA, dB, dC = (torch.zeros_like(a) for a in (x, dt, A, B, C))
@@ -711,7 +735,9 @@ class _ScanInPieces(torch.autograd.Function):
         return dx if D is None else dx + D * dy, ddt, dA, dB, dC, dD, g
 
 
-def _check_scan(op, x, dt, A, B, C, D, state, sequences):
+def _check_scan(op, x, dt, A, B, C, D, state, sequences, end=None):
+    """What selective_scan and its step ask; past row `end` of a pack values may be anything."""
+    _floats(op, x=x)
     told = f"{op}: x {tuple(x.shape)}, dt {tuple(dt.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
     if (A.ndim != 2 or x.shape[-1:] != A.shape[:1] or dt.shape != x.shape or B.shape != (*x.shape[:-1], A.shape[1])
             or C.shape != B.shape or D is not None and D.shape != A.shape[:1]):
@@ -722,10 +748,12 @@ def _check_scan(op, x, dt, A, B, C, D, state, sequences):
     if x.device.type == "cpu":
         if A.numel() and not (A < 0).all():
             raise ValueError(f"{op}: A {tuple(A.shape)} holds {A.max().item():g}; all of it must be below 0")
+        dt = dt if end is None else dt[:, :end]
         if dt.numel() and dt.min() < 0:
             raise ValueError(f"{op}: dt {tuple(dt.shape)} holds {dt.min().item():g}; a step can't be below 0")
 
 
+@_exact
 def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     """Mamba's scan (arXiv 2312.00752, algorithm 2): x, dt [B, T, C] (dt > 0), A [C, N] (< 0), B, C [B, T, N], D [C] →
     (y as x, state [B, C, N] float32).
@@ -737,9 +765,9 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
         raise ValueError(f"selective_scan: x {tuple(x.shape)} must be [B, T, C]")
     (rows, T, _), kind = x.shape, x.dtype
     if cu_seqlens is not None:
-        _offsets("selective_scan", cu_seqlens, T, rows)
+        cu_seqlens = _offsets("selective_scan", cu_seqlens, T, rows)
     sequences = rows if cu_seqlens is None else len(cu_seqlens) - 1
-    _check_scan("selective_scan", x, dt, A, B, C, D, state, sequences)
+    _check_scan("selective_scan", x, dt, A, B, C, D, state, sequences, None if cu_seqlens is None else cu_seqlens[-1])
     if on_kernel(x):
         cu = torch.arange(rows + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens
         flat = [a.flatten(0, 1).contiguous() for a in (x, dt, B, C)]
@@ -759,6 +787,7 @@ def selective_scan(x, dt, A, B, C, D=None, state=None, cu_seqlens=None):
     return y.to(kind), state
 
 
+@_exact
 def selective_scan_step(x, dt, A, B, C, D=None, state=None):
     """One token: x, dt [B, C], B, C [B, N], state [B, C, N] → (y [B, C], state)."""
     if state is None or x.ndim != 2:
@@ -853,7 +882,7 @@ def _stack(states):
 
 
 def _room(like, *shape):
-    """Empty, in order in memory."""
+    """Empty, contiguous."""
     return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
@@ -863,7 +892,7 @@ def _states(S, m):
 
 
 def _times(x, y):
-    """x · y, in order in memory."""
+    """x · y, contiguous."""
     return (np if isinstance(x, np.ndarray) else torch).multiply(x, y, out=_room(x, *x.shape))
 
 
@@ -1724,6 +1753,7 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, dy, dstate):
         x, dt, A, B, C, D, *kept = ctx.saved_tensors
         (dy,), T = _padded((dy,), -(-ctx.T // ctx.M))[0], ctx.T
@@ -1746,6 +1776,7 @@ class _GatedDelta(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, dy, dstate):
         (dy,), _ = _padded((dy,), -(-ctx.T // ctx.M))
         tensors, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
@@ -1754,7 +1785,7 @@ class _GatedDelta(torch.autograd.Function):
 
 
 def _zeros(x):
-    """In x's place in the graph, whatever x holds."""
+    """Zeros like x that depend on x still, even on what is not a number."""
     return x.where(torch.zeros((), dtype=torch.bool, device=x.device), 0)
 
 
@@ -1781,6 +1812,7 @@ def _check_ssd(op, x, dt, A, B, C, D, state, sequences):
         raise ValueError(f"{op}: A must not be above 0, or the state grows without bound: {A.max().item():g}")
 
 
+@_exact
 def ssd(x, dt, A, B, C, D=None, chunk=None, state=None, cu_seqlens=None):
     """The SSD layer of Mamba-2: h_t = exp(dt_t A) h_{t−1} + dt_t x_t ⊗ B_t, y_t = h_t C_t + D x_t → (y, state).
 
@@ -1800,7 +1832,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=None, state=None, cu_seqlens=None):
     if x.ndim != 4:
         raise ValueError(f"ssd: x {tuple(x.shape)} must be [B, T, H, P]")
     if cu_seqlens is not None:
-        _offsets("ssd", cu_seqlens, x.shape[1], len(x))
+        cu_seqlens = _offsets("ssd", cu_seqlens, x.shape[1], len(x))
     n = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
     _check_ssd("ssd", x, dt, A, B, C, D, state, n)
     chunk = chunk if chunk is not None else CHUNK if on_kernel(x) else CPU_CHUNK
@@ -1808,7 +1840,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=None, state=None, cu_seqlens=None):
         raise ValueError(f"ssd: chunk ({chunk}) must be at least 1")
     exact = torch.promote_types(x.dtype, torch.float32)
     state = x.new_zeros(n, *x.shape[2:], B.shape[3], dtype=exact) if state is None else state.to(exact)
-    fixed = [A.to(exact), None if D is None else D.to(exact)]
+    fixed = [A.to(exact).clamp(min=torch.finfo(exact).min), None if D is None else D.to(exact)]      # 0 · −∞ is none
     if on_kernel(x):
         if cu_seqlens is not None:                                           # rows past the end may hold anything
             inside = (torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1])[:, None]
@@ -1827,6 +1859,7 @@ def ssd(x, dt, A, B, C, D=None, chunk=None, state=None, cu_seqlens=None):
     return (_zeros(x) if y is None else y.to(x.dtype)), state
 
 
+@_exact
 def ssd_step(x, dt, A, B, C, D=None, state=None):
     """One token: x [B, H, P], dt [B, H], B, C [B, G, N], state [B, H, P, N] → (y as x, the state after it)."""
     if x.ndim != 3 or state is None:
@@ -1836,8 +1869,9 @@ def ssd_step(x, dt, A, B, C, D=None, state=None):
     u, dt, A, state = (t.to(exact) for t in (x, dt, A, state))
     if on_kernel(x) and not _learns(x, dt, A, B, C, D, state):
         (b, H, P), N = x.shape, B.shape[2]
-        y, D = torch.empty_like(x, memory_format=torch.contiguous_format), None if D is None else D.to(exact)
-        x, dt, B, C, state = (t.contiguous() for t in (x, dt, B, C, state))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        D = None if D is None else D.to(exact).contiguous()
+        x, dt, A, B, C, state = (t.contiguous() for t in (x, dt, A, B, C, state))
         end, (BLOCK_P, BLOCK_N) = torch.empty_like(state), _step_tile(P, N)
         _ssd_step[(triton.cdiv(P, BLOCK_P), b * H)](x, dt, A, B, C, D, state, y, end, H, P, N, GROUP=R, BLOCK_P=BLOCK_P,
                                                     BLOCK_N=BLOCK_N)
@@ -1848,7 +1882,8 @@ def ssd_step(x, dt, A, B, C, D=None, state=None):
     return (y if D is None else y + D.to(exact)[:, None] * u).to(x.dtype), state
 
 
-def _check_delta(op, q, k, v, decay, beta, state, sequences):
+def _check_delta(op, q, k, v, decay, beta, state, sequences, end=None):
+    """What gated_delta and its step ask; past row `end` of a pack values may be anything."""
     _floats(op, q=q, k=k, v=v)
     if q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"{op}: q {tuple(q.shape)} and k {tuple(k.shape)} must be alike, and v {tuple(v.shape)} but "
@@ -1861,10 +1896,12 @@ def _check_delta(op, q, k, v, decay, beta, state, sequences):
     if state is not None and tuple(state.shape) != wanted:
         raise ValueError(f"{op}: state {tuple(state.shape)} must be [sequences, H, K, V] = {wanted}: it is of another "
                          "layer or batch")
+    decay = decay if end is None or decay.is_cuda else decay[:, :end]
     if not decay.is_cuda and bool((decay > 0).any()):
         raise ValueError(f"{op}: decay, a logarithm, must not be above 0: {decay.max().item():g}")
 
 
+@_exact
 def gated_delta(q, k, v, decay, beta, state=None, cu_seqlens=None):
     """S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t → (y, state).
 
@@ -1880,9 +1917,9 @@ def gated_delta(q, k, v, decay, beta, state=None, cu_seqlens=None):
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(f"gated_delta: q {tuple(q.shape)} must be [B, T, H, K] and v {tuple(v.shape)} [B, T, H, V]")
     if cu_seqlens is not None:
-        _offsets("gated_delta", cu_seqlens, q.shape[1], len(q))
+        cu_seqlens = _offsets("gated_delta", cu_seqlens, q.shape[1], len(q))
     n = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    _check_delta("gated_delta", q, k, v, decay, beta, state, n)
+    _check_delta("gated_delta", q, k, v, decay, beta, state, n, None if cu_seqlens is None else cu_seqlens[-1])
     exact = torch.promote_types(v.dtype, torch.float32)
     state = v.new_zeros(n, *q.shape[2:], v.shape[3], dtype=exact) if state is None else state.to(exact)
     if on_kernel(v):
@@ -1896,6 +1933,7 @@ def gated_delta(q, k, v, decay, beta, state=None, cu_seqlens=None):
     return (_zeros(v) if y is None else y.to(v.dtype)), state
 
 
+@_exact
 def gated_delta_step(q, k, v, decay, beta, state):
     """One token: q, k [B, H, K], v [B, H, V], decay, beta [B, H], state [B, H, K, V] → (y as v, the state after it)."""
     if q.ndim != 3 or v.ndim != 3 or state is None:
@@ -1976,6 +2014,7 @@ class Mixer(nn.Module):
         return [(self.in_proj.weight, end - rows, end) for rows, end in zip(self.parts, ends)] + [
             (self.out_proj.weight, 0, len(self.out_proj.weight))]
 
+    @torch.no_grad()
     def initialize(self, generator):
         """What is neither matrix nor gain: the convolution, and steps from 0.001 to 0.1 at decays from 1 to 16."""
         uniform = lambda w, low, high: torch.rand(w.shape, generator=generator) * (high - low) + low
@@ -2010,6 +2049,7 @@ class Mamba(Mixer):
         return super().matrices() + [(self.x_proj.weight, 0, self.R), (self.x_proj.weight, self.R, self.R + self.N),
                                      (self.x_proj.weight, self.R + self.N, self.R + 2 * self.N)]
 
+    @torch.no_grad()
     def initialize(self, generator):
         super().initialize(generator)
         self.dt_proj.weight.copy_((torch.rand(self.dt_proj.weight.shape, generator=generator) * 2 - 1) * self.R ** -0.5)
@@ -2065,7 +2105,9 @@ class GatedDelta(Mixer):
 
     def mix(self, x, rest, one, **state):
         q, k, v = (a.unflatten(-1, (self.H, -1)) for a in x.split([self.keys, self.keys, self.values], dim=-1))
-        q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
+        wide = torch.promote_types(q.dtype, torch.float32)                   # float16 knows no 1e-12: 0 / 0
+        q, k = (F.normalize(a.to(wide), dim=-1).to(a.dtype) for a in (q, k))
+        q = q * q.shape[-1] ** -0.5
         b, a = rest.float().chunk(2, dim=-1)
         decay = -torch.exp(self.A_log.float()) * F.softplus(a + self.dt_bias.float())
         return (gated_delta_step if one else gated_delta)(q, k, v, decay, torch.sigmoid(b), **state)
@@ -2205,7 +2247,7 @@ def show_steps():
         return 1e6 * sorted(times)[10]
 
     def after(T):
-        """Of attention, then the others → µs, bytes; attention is timed last, as it leaves no cache as it was."""
+        """Of attention, then the others → µs, bytes; attention is timed last: it empties the CPU's caches."""
         cells = []
         for step, h in ways.values():
             box = [h]
@@ -2264,7 +2306,7 @@ def parity(rng, B, T):
 
 
 # task: how it is made, its vocabulary, how many tokens a pair or a word takes, the sizes it is learned at (from small
-# ones a stack gets the idea, and soon), and those it is asked at. Time goes by what is asked.
+# ones a stack gets the idea, and soon), and those it is asked at, each an equal share of the minutes.
 TASKS = {"recall": (recall, 129, 4, (2, 4, 8, 16, 32, 64), (4, 16, 32, 64)),
          "copying": (selective_copying, 18, 8, (2, 4, 8, 16), (16,)),
          "induction": (induction, 18, 1, (8, 16, 32, 64, 128), (128,)),

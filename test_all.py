@@ -1755,6 +1755,86 @@ def test_state_space_kernels_at_random_shapes(data):
         is_its_definition(DELTA, delta_inputs(1, T, H, N, P, n=n), dtype, cu=cu)
 
 
+def block_of(C=32):
+    return A.Block(A.Attention(C, 1, 1, C, A.Rotary(A.rotary_inv_freq(C))), A.MLP(C, C), C)
+
+
+def ops_of_states():
+    """Each op of ssm.py, whole and of one token, with inputs."""
+    scan = [randn(2, 9, 6), randn(2, 9, 6, seed=1).abs(), -randn(6, 3, seed=2).abs() - 0.1, randn(2, 9, 3, seed=3),
+            randn(2, 9, 3, seed=4), randn(6, seed=5)]
+    one = lambda tensors, fixed: [t if i in fixed else t[:, 0] for i, t in enumerate(tensors)]
+    *ssd, ssd_state = ssd_inputs(2, 9, 2, 4, 1, 3)
+    *delta, delta_state = delta_inputs(2, 9, 2, 3, 4)
+    conv = [randn(2, 9, 6), randn(6, 4, seed=1), randn(6, seed=2)]
+    return {"causal_conv1d": (conv, randn(2, 6, 3, seed=3)), "selective_scan": (scan, randn(2, 6, 3, seed=6)),
+            "ssd": (ssd, ssd_state), "gated_delta": (delta, delta_state),
+            "causal_conv1d_step": (one(conv, (1, 2)), randn(2, 6, 3, seed=3)),
+            "selective_scan_step": (one(scan, (2, 5)), randn(2, 6, 3, seed=6)),
+            "ssd_step": (one(ssd, (2, 5)), ssd_state), "gated_delta_step": (one(delta, ()), delta_state)}
+
+
+@pytest.mark.parametrize("name", ops_of_states())
+def test_autocast_does_not_reach_what_states_sum(name, path_of_cpu):
+    tensors, state = ops_of_states()[name]
+    inputs = [t.float().requires_grad_() for t in (*tensors, state)]
+    call = lambda: getattr(Sm, name)(*inputs[:-1], state=inputs[-1])
+
+    def both(inside):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            outputs = call()
+        inside = inside and not name.endswith("_step")                       # whose backward is torch's own
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            grads = torch.autograd.grad(sum(o.sum() for o in outputs), inputs, allow_unused=True)
+        return [*outputs, *(g for g in grads if g is not None)]
+    for a, b in zip(both(True), both(False), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_arguments_of_states_may_lie_apart(path):
+    """Offsets, A and D as columns of something wider, or one number for all."""
+    x, dt, A, B, C, D, state = (t.float() for t in ssd_inputs(1, 6, 4, 3, 1, 5))
+    cu = torch.tensor([0, 9, 2, 9, 6, 9], dtype=torch.int32)[::2]
+    scan = [t.float() for t in (randn(1, 6, 4), randn(1, 6, 4, seed=1).abs(), -randn(4, 3, seed=2).abs(),
+                                randn(1, 6, 3, seed=3), randn(1, 6, 3, seed=4))]
+    delta = [t.float() for t in delta_inputs(1, 6, 2, 3, 4)[:-1]]
+    for op, tensors in ((Sm.ssd, (x, dt, A, B, C, D)), (Sm.selective_scan, scan), (Sm.gated_delta, delta)):
+        for a, b in zip(op(*tensors, cu_seqlens=cu), op(*tensors, cu_seqlens=cu.clone().contiguous())):
+            assert torch.equal(a, b)
+    wide = lambda t: torch.stack([t, torch.full_like(t, 9.0)], -1)[..., 0]
+    with torch.no_grad():
+        step = lambda A, D: Sm.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+        for a, b in zip(step(wide(A), wide(D)), step(A, D)):
+            assert torch.equal(a, b)
+        for a, b in zip(step(torch.tensor([-2.0]).expand(4), D), step(torch.full((4,), -2.0), D)):
+            assert torch.equal(a, b)
+
+
+def test_rows_past_the_last_offset_of_a_convolution_reach_no_gradient(path):
+    x, w, bias = randn(1, 6, 3).float(), randn(3, 4, seed=1).float(), randn(3, seed=2).float()
+    x[:, 4:] = math.nan
+    inputs = [t.requires_grad_() for t in (x, w, bias)]
+    y, _ = Sm.causal_conv1d(*inputs, cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32))
+    y.sum().backward()
+    assert not y[:, 4:].any() and not x.grad[:, 4:].any() and all(bool(t.grad.isfinite().all()) for t in inputs)
+
+
+def test_half_precision_keeps_zeros_and_tall_tokens():
+    layer = Sm.GatedDelta(32, H=2, K_dim=8, V_dim=8)
+    layer.initialize(torch.Generator().manual_seed(0))
+    x = randn(1, 5, 32).half()
+    x[:, 1:3] = 0
+    with torch.no_grad():
+        assert layer.half()(x, None).isfinite().all()
+    routed = M.MixtureOfDepths(block_of())
+    routed.initialize(torch.Generator().manual_seed(0))
+    tall, scores = 600 * randn(40, 32).sign(), randn(40)
+    with torch.no_grad():
+        told = [routed.to(dtype).predicted(tall.to(dtype), scores.half().to(dtype), torch.zeros((), dtype=dtype))
+                for dtype in (torch.float16, torch.float32)]
+    close(*told, 1e-2)
+
+
 AHEAD_SSM = """
 import ssm as Sm
 def launch(target):
@@ -1853,6 +1933,55 @@ def test_gather_and_scatter_are_their_twins(path, N, m, C):
         dy = randn(N, C, seed=9).to(cast).double().numpy()
         for g, wanted in zip(grads, M.scatter_add_rows_backward_numpy(exact[0], rows, *exact[1:], grad=dy)):
             close(g, wanted, tolerance * max(1, C ** 0.5 / 4))
+
+
+def test_a_frozen_routed_block_leaves_its_input_alone(path):
+    layer = M.MixtureOfDepths(block_of(), 0.5).requires_grad_(False)
+    layer.initialize(torch.Generator().manual_seed(0))
+    for training in (True, False):
+        x = randn(1, 8, 32).float()
+        before = x.clone()
+        layer.train(training)(x, torch.arange(8))
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("routing", ("topk", "threshold"))
+@pytest.mark.parametrize("shape", ((2, 0, 32), (0, 4, 32)))
+def test_a_router_of_nothing_gives_nothing(routing, shape):
+    layer = M.MixtureOfDepths(block_of(), 0.5, routing)
+    for training in (True, False):
+        assert layer.train(training)(torch.zeros(shape), torch.arange(shape[1])).shape == shape
+
+
+def test_all_go_through_at_a_capacity_of_one():
+    x = randn(2, 8, 32).float()
+    for routing in ("topk", "threshold"):
+        layer = M.MixtureOfDepths(block_of(), 1.0, routing)
+        layer.initialize(torch.Generator().manual_seed(0))
+        for training in (True, False):
+            with torch.no_grad():
+                y = layer.train(training)(x, torch.arange(8))
+                weight = torch.sigmoid(layer.router(x))
+                close(y, x + weight * layer.block.delta(x, torch.arange(8)), 1e-5)
+
+
+def test_counts_are_rounded_up_from_what_was_said():
+    assert [M.count(c, n) for c, n in ((0.07, 100), (0.55, 100), (0.14, 50), (1e-9, 5), (1, 7))] == [7, 55, 7, 1, 7]
+
+
+def test_what_a_router_is_given_is_looked_at(path_of_cpu):
+    x, layer = torch.zeros(4, 2), M.MixtureOfDepths(block_of(), 0.5)
+    for rows in (torch.tensor([False, True, True, False]), torch.tensor([0, 9, 3]), torch.tensor([1, 1])):
+        with pytest.raises(ValueError, match="rows"):
+            M.gather_rows(x, rows)
+    assert torch.equal(M.gather_rows(torch.arange(12.).view(6, 2), torch.tensor([1, 9, 3, 9, 5, 9])[::2])[:, 0],
+                       torch.tensor([2., 6., 10.]))
+    for x, positions in ((torch.zeros(8, 32), torch.arange(8)), (torch.zeros(1, 8, 31), torch.arange(8)),
+                         (torch.zeros(1, 8, 32), torch.arange(7))):
+        with pytest.raises(ValueError, match="positions"):
+            layer(x, positions)
+    with pytest.raises(ValueError, match="states"):
+        layer.eval()(torch.zeros(2, 8, 32), torch.arange(8), M.RoutedState([None]))
 
 
 def test_what_does_not_fit_a_router_is_refused():
