@@ -30,6 +30,7 @@ SwiGLU: 2002.05202. QK-norm: 2302.05442. ALiBi: 2108.12409. Latent attention: De
 and plain torch; `--bench` does the last at the sizes of a real model.
 """
 import argparse
+import functools
 import math
 import os
 import sys
@@ -571,9 +572,9 @@ def latent_attention_backward_numpy(x, w_q, w_down, w_k, w_v, w_out, positions, 
 
 # --- 4. The kernels: the same lines, a row or a few in one program's registers ----------------------------------------
 #
-# A capital letter's name is a pointer, `x_row` the distance from one row of X to the next; where rows are the heads of
-# tokens, X_at is the distance from token to token, and from head to head. Everything is computed in float32, whatever
-# is stored. Padding up to a block's power of two is masked when loaded and when stored; offsets are int64, since N · C
+# X, W, dX, Targets … are pointers, and B, H, T, S, C, N, V, F sizes; `x_row` is the distance from one row of X to the
+# next; where rows are the heads of tokens, X_at is that from token to token, and from head to head. Everything is
+# computed in float32, whatever is stored. Padding up to a block's power of two is masked when loaded and when stored; offsets are int64, since N · C
 # may pass 2³¹.
 
 @jit
@@ -741,13 +742,39 @@ def _linear_cross_entropy_fwd(Z, Targets, Loss, dZ, V, ignore_index, GRAD: tl.co
 # the backward pass. Memory is what they wait for: on a GPU a kernel does each in one pass; on a CPU the backward is
 # written out by hand.
 
-def on_kernel(x):
-    """Whether x goes to Triton: it is on a GPU, or TRITON_INTERPRET=1 runs the kernels on the CPU for tests.
-
-    Not in a compiled graph, where torch.compile fuses the plain ops with their neighbours: train.py times both ways.
+def has_kernel(x):
+    """Whether Triton can take x: it is on a GPU, or TRITON_INTERPRET=1 runs the kernels on the CPU for tests, where it
+    multiplies the bits of bfloat16 instead of its numbers.
     """
-    return (not torch.compiler.is_compiling() and triton is not None and x.numel() > 0 and x.dtype != torch.float64
-            and (x.is_cuda or triton.knobs.runtime.interpret))
+    return triton is not None and x.numel() > 0 and x.dtype != torch.float64 and (
+        x.is_cuda or triton.knobs.runtime.interpret and x.dtype != torch.bfloat16)
+
+
+def on_kernel(x):
+    """Whether x goes to Triton here and now: not in a compiled graph, where torch.compile fuses the plain ops with
+    their neighbours: train.py times both ways.
+    """
+    return not torch.compiler.is_compiling() and has_kernel(x)
+
+
+def _exact(op):
+    """An op or a backward pass that autocast does not reach: its products are in the dtype of what it is given."""
+    @functools.wraps(op)
+    def exact(*args, **options):
+        kind = next((a.device.type for a in (*args, *options.values()) if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(kind):
+            return op(*args, **options)
+        with torch.autocast(kind, enabled=False):
+            return op(*args, **options)
+    return exact
+
+
+def _under_autocast(op, q, k, v, *rest):
+    """Under autocast: the op in its dtype, but for float64, as torch's own attention does."""
+    kind = q.device.type
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return op(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
 
 
 def _floats(op, **tensors):
@@ -840,6 +867,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, dy):
         x, w, r = ctx.saved_tensors
         x_dy = (x * dy).reshape(-1, x.shape[-1])
@@ -870,7 +898,7 @@ def rms_norm(x, w, eps=1e-6, residual=None):
     elif x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64):
         y = F.rms_norm(x, w.shape, w, eps)
     else:                                                                    # half precision: normed in float32
-        x32 = x.float()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         y = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * w).to(x.dtype)
     return y if residual is None else (y, x)
 
@@ -934,7 +962,7 @@ def rotary_cos_sin(positions, inv_freq, factor=1.0, dtype=torch.float32):
     half precision they stay float32, in which the rotation is done.
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    angles = positions[..., None].to(exact) * inv_freq.to(exact)
+    angles = positions.contiguous()[..., None].to(exact) * inv_freq.detach().to(exact)           # as kernels read them
     angles = angles if angles.ndim == 2 else angles[:, None]
     dtype = torch.promote_types(dtype, torch.float32)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -952,9 +980,9 @@ def rotary(q, k, positions, base=10000.0, inv_freq=None, factor=1.0):
     _floats("rotary", q=q, k=k)
     if inv_freq is None:
         inv_freq = rotary_inv_freq(q.shape[-1], base, q.device)
-    if k.shape[-1] != q.shape[-1] or 2 * len(inv_freq) != q.shape[-1]:
-        raise ValueError(f"rotary: q {tuple(q.shape)}, k {tuple(k.shape)} and 2 · inv_freq ({2 * len(inv_freq)}) must "
-                         "have one head size")
+    if k.shape[-1] != q.shape[-1] or inv_freq.ndim != 1 or 2 * len(inv_freq) != q.shape[-1]:
+        raise ValueError(f"rotary: q {tuple(q.shape)} and k {tuple(k.shape)} must have one head size, and inv_freq "
+                         f"{tuple(inv_freq.shape)} half as many numbers")
     if (positions.ndim not in (1, 2) or q.shape[2] != positions.shape[-1] or k.shape[2] != positions.shape[-1]
             or positions.ndim == 2 and len(positions) not in (1, len(q))):
         raise ValueError(f"rotary: positions {tuple(positions.shape)} must be [T] or [B, T], one for each token of "
@@ -1029,6 +1057,7 @@ class _AttentionKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, do):
         q, k, v, p, s = ctx.saved_tensors
         B, H, G, T, S, D = ctx.shape
@@ -1056,6 +1085,8 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
     A query that sees no key gives zeros, and zero gradients. Values at masked places must be finite (0 · NaN is NaN).
     ValueError names the argument that does not fit. arXiv 1706.03762, equation 1; grouped heads 2305.13245.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        return _under_autocast(attention, q, k, v, causal, window, softcap, alibi, scale, mask)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or len(k) != len(q) or k.shape[3] != q.shape[3] or (
             k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"attention: k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, G, S, D] for q "
@@ -1071,7 +1102,7 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
                          f"[H] = {(H,)}")
     if window is not None and window >= S:
         window = None                                                        # wider than the text: no bound at all
-    scale = D ** -0.5 if scale is None else scale
+    scale = max(D, 1) ** -0.5 if scale is None else scale
     if scale <= 0:                                                           # torch's CPU kernel takes it for positive
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     if B * H * T == 0 or S == 0:
@@ -1101,7 +1132,7 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         if alibi is not None:
-            s = s - alibi.view(G, H // G, 1, 1) * distance.abs()
+            s = s - alibi.to(exact).view(G, H // G, 1, 1) * distance.abs()
         p = s.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1).to(q.dtype)
         y = (p @ v.unsqueeze(2)).flatten(1, 2)
     return torch.where(some, y, 0)
@@ -1129,7 +1160,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_dx:
                 torch.matmul(dz, w, out=dx[i:i + rows])
             if needs_dw:
-                dw.addmm_(dz.T, chunk) if exact == x.dtype else dw.add_(dz.T @ chunk)
+                product = _product32 if x.dtype == torch.float16 else torch.mm               # float16 ends at 65,504
+                dw.addmm_(dz.T, chunk) if exact == x.dtype else dw.add_(product(dz.T, chunk))
         ctx.save_for_backward(dx, dw, count)
         ctx.w_dtype = w.dtype
         return loss / count
@@ -1174,9 +1206,10 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100):
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy: x {tuple(x.shape)}, w {tuple(w.shape)}, "
                          f"targets {tuple(targets.shape)} must be [N, C], [V, C] and [N]")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"linear_cross_entropy: targets {tuple(targets.shape)} {targets.dtype} must be integers")
-    if x.device.type == "cpu":
+    targets = targets.long().contiguous()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ((targets < 0) | (targets >= len(w))) & (targets != ignore_index)
         if bad.any():
             raise ValueError(f"linear_cross_entropy: targets holds {targets[bad][0]}, outside 0 … {len(w) - 1}")
@@ -1187,7 +1220,7 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100):
             return linear_cross_entropy(x.to(dtype), w.to(dtype), targets, ignore_index)
     _floats("linear_cross_entropy", x=x, w=w)
     needs = (torch.is_grad_enabled() and t.requires_grad for t in (x, w))
-    return _LinearCrossEntropy.apply(x, w, targets.long(), ignore_index, *needs)
+    return _LinearCrossEntropy.apply(x, w, targets, ignore_index, *needs)
 
 
 # --- 6. The modules: parts with weights, stacked into a block ---------------------------------------------------------
@@ -1202,11 +1235,12 @@ class KVCache:
 
     def attend(self, q, k, v, attention, **options):
         """Append k, v [B, G, T, D] and let q [B, H, T, D] look at all of the cache → [B, H, T, D]."""
-        start, self.length = self.length, self.length + k.shape[2]
-        if self.length > self.k.shape[2]:
-            raise ValueError(f"KVCache: {self.length} tokens do not fit a capacity of {self.k.shape[2]}")
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
+        start, end = self.length, self.length + k.shape[2]
+        if end > self.k.shape[2]:
+            raise ValueError(f"KVCache: {end} tokens do not fit a capacity of {self.k.shape[2]}")
+        if k.shape != (*self.k.shape[:2], end - start, self.k.shape[3]) or v.shape != k.shape:
+            raise ValueError(f"KVCache: k {tuple(k.shape)} and v {tuple(v.shape)} do not go into {tuple(self.k.shape)}")
+        self.k[:, :, start:end], self.v[:, :, start:end], self.length = k, v, end
         return attention(q, self.k[:, :, :self.length], self.v[:, :, :self.length], **options)
 
 
@@ -1224,10 +1258,12 @@ class Rotary:
         make = lambda: rotary_cos_sin(positions, self.inv_freq, self.factor, q.dtype)
         if torch.compiler.is_compiling():                                    # a graph shares what is alike by itself
             return _rotate_q_k(q, k, *make())
-        version = None if positions.is_inference() else positions._version
-        seen = (positions, version, q.dtype)                                 # all layers of a pass share one tensor
+        if positions.is_inference():                                         # which does not say when it is changed
+            return _rotate_q_k(q, k, *make())
+        seen = (positions, positions._version, q.dtype)                      # all layers of a pass share one tensor
         if self.seen is None or self.seen[0] is not positions or self.seen[1:] != seen[1:]:
-            self.seen, self.table = seen, make()
+            with torch.inference_mode(False):                                # the table may serve training next
+                self.seen, self.table = seen, make()
         return _rotate_q_k(q, k, *self.table)
 
 

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attention import (_floats, _peak_megabytes, _tanh, attention, attention_backward_numpy,
-                       attention_numpy, jit, leave, on_kernel, tl, triton)
+from attention import (_exact, _floats, _peak_megabytes, _tanh, _under_autocast, attention, attention_backward_numpy,
+                       attention_numpy, has_kernel, jit, leave, on_kernel, tl, triton)
 
 if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -682,7 +682,7 @@ def _forward_on_kernel(q, k, v, sinks, alibi, cu_q, cu_k, causal, window, softca
     sinks, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
     o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
     if cu_q is not None:                                                     # rows past the last offset: zeros that
-        o.zero_(), lse.fill_(torch.inf)                                      # saw nothing
+        o.zero_(), lse.fill_(torch.inf)                                      # weigh 2^(s − ∞) = 0
     size, _, _, copied = _tiles(cu_q, causal, q, k, v)
     M, N = size["BLOCK_M"], size["BLOCK_N"]
     owner, tiles = _owners(cu_q, T, M)
@@ -719,13 +719,13 @@ def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, w
 def _dsinks(sinks, lse, delta):
     """A sink's dp is 0, so its ds is −p δ. → [H], or nothing where there are no sinks."""
     if sinks is None:
-        return torch.zeros(0, device=lse.device)
+        return lse.new_zeros(0)
     return -(torch.exp2(sinks.to(lse.dtype)[:, None] * LOG2E - lse) * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _blocks_in_torch(q, k, alibi, causal, window, softcap, scale):
     """Rows of queries at a time, all keys that they see: → slices i, j, q_i [B, G, R · rows, D], and s and its slope
-    [B, H, rows, keys]. A block has about 2²⁰ scores, so memory grows with S and not with T · S.
+    [B, H, rows, keys]. A block has about 2²⁰ scores, or 16 rows where these have more: memory grows with S, not T · S.
     """
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     unit, cap = units(scale, softcap)
@@ -821,6 +821,7 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, sinks, alibi, cu_q, cu_k)
 
 
+@_exact
 def _back(ctx, do, _):
     dq, dk, dv, dsinks = _flash_backward(do, *ctx.saved_tensors, *ctx.options)
     return dq, dk, dv, None if ctx.saved_tensors[5] is None else dsinks, *[None] * 7
@@ -834,7 +835,7 @@ def _check(op, q, k, v, H, G, window, softcap, tensors):
     _floats(op, q=q, k=k, v=v)
     if G == 0 or H % G:
         raise ValueError(f"{op}: q {tuple(q.shape)} has {H} heads, no multiple of the {G} of k {tuple(k.shape)}")
-    if not 1 <= q.shape[-1] <= 256 and on_kernel(q):
+    if not 1 <= q.shape[-1] <= 256 and (on_kernel(q) or has_kernel(q)):
         raise ValueError(f"{op}: the head size of q {tuple(q.shape)} must be 1 … 256")
     if window is not None and window < 1 or softcap is not None and softcap <= 0:
         raise ValueError(f"{op}: window ({window}) must be at least 1 and softcap ({softcap}) above 0")
@@ -849,16 +850,8 @@ def _check(op, q, k, v, H, G, window, softcap, tensors):
 
 def _positive(q, scale):
     """A score's sign goes into q, for a running maximum needs units above 0 → q, scale."""
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     return (q, scale) if scale > 0 else (q * ((scale > 0) - (scale < 0)), -scale or 1.0)
-
-
-def _under_autocast(op, q, k, v, *rest, **options):
-    """Under autocast: the op in its dtype, as torch's own attention does."""
-    kind = q.device.type
-    dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
-        return op(q.to(dtype), k.to(dtype), v.to(dtype), *rest, **options)
 
 
 def flash_attention(q, k, v, causal=True, window=None, softcap=None, sinks=None, alibi=None, scale=None):
@@ -916,10 +909,12 @@ def flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, win
         if cu.ndim != 1 or len(cu) == 0 or cu.shape != cu_seqlens_q.shape or cu.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{op}: {name} {tuple(cu.shape)} {cu.dtype} must be [B + 1] int32, as long as "
                              f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
-        if cu.device.type == "cpu" and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > total):
+        looked_at = cu.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and (cu[0] != 0 or (cu.diff() < 0).any() or cu[-1] > total):
             raise ValueError(f"{op}: {name} {cu.tolist()} must rise from 0 to at most {total}")
     heads = lambda x: x.transpose(0, 1)[None]                                # [tokens, ·, D] → [1, ·, tokens, D]
-    if on_kernel(q) and total_k and len(cu_seqlens_q) > 1:
+    whole = on_kernel(q) or torch.compiler.is_compiling() and has_kernel(q)  # one op to the compiler, too
+    if whole and total_k and len(cu_seqlens_q) > 1:
         q, scale = _positive(q, scale)
         o, _ = _flash(heads(q), heads(k), heads(v), sinks, alibi, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
                       bool(causal), window, None if softcap is None else float(softcap), scale)
@@ -929,7 +924,7 @@ def flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, win
     parts = [x.split(n) for x, n in zip((q, k, v), (lengths[0], lengths[1], lengths[1]))]
     o = [flash_attention(*map(heads, part), causal, window, softcap, sinks, alibi, scale)[0].transpose(0, 1)
          for part in list(zip(*parts))[:-1]]
-    return torch.cat([*o, torch.zeros_like(parts[0][-1])])
+    return torch.cat([q[:0], *o, torch.zeros_like(parts[0][-1])])
 
 
 def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scale=None, window=None, softcap=None,
@@ -975,7 +970,7 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
             raise ValueError(f"{op}: block_table {tuple(block_table.shape)} must name pages 0 … {P - 1} within lengths "
                              f"{lengths.tolist()}")
     q, scale = _positive(q, scale)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         o = _flash_decode_op(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window,
                              None if softcap is None else float(softcap), sinks, alibi, scale)
     return o[:, 0] if one else o
@@ -1175,7 +1170,7 @@ def main(argv=None):
           f"the op in float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_growth(device, longest)
-    if device == "cuda":
+    if device == "cuda" and triton:
         show_speed(2 * longest)
     return 0
 

@@ -31,7 +31,6 @@ S4: Gu et al. 2021, arXiv 2111.00396; S4D: 2206.11893; HiPPO: 2008.07669. Mamba:
 after 64,000 others; `python ssm.py --probe` what a state of fixed size can't remember.
 """
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from attention import (MLP, Attention, Block, RMSNorm, Rotary, _floats, jit, leave, on_kernel, rms_norm,
+from attention import (MLP, Attention, Block, RMSNorm, Rotary, _exact, _floats, jit, leave, on_kernel, rms_norm,
                        rotary_inv_freq, swiglu, tl, triton)
 
 
@@ -151,18 +150,6 @@ def _pack_backward_numpy(op, tensors, by_token, state, cu_seqlens, grad):
             sums[n][(slice(None), slice(t0, t1)) if n in by_token else ...] += part
         dstates.append(dstate)
     return *sums, *([] if state is None else [np.concatenate(dstates)])
-
-
-def _exact(op):
-    """An op that autocast does not reach: what is summed over a whole text is summed in float32."""
-    @functools.wraps(op)
-    def exact(*args, **options):
-        kind = next((a.device.type for a in (*args, *options.values()) if isinstance(a, torch.Tensor)), "cpu")
-        if not torch.is_autocast_enabled(kind):
-            return op(*args, **options)
-        with torch.autocast(kind, enabled=False):
-            return op(*args, **options)
-    return exact
 
 
 def _offsets(op, cu_seqlens, T, B):
@@ -595,7 +582,7 @@ def _selective_scan_bwd(dY, dLAST, X, DT, A, B, C, D, CU, HELD, ROOM, dX, dDT, d
     tl.store(dS + seq * CHANNELS * N + place, g, mask=mask)
 
 
-SCAN_CHUNK, SCAN_CHANNELS = 16, 32                                           # steps between kept states; channels a program
+SCAN_CHUNK, SCAN_CHANNELS = 16, 32                                           # steps to a kept state; channels a program
 
 
 class _ScanKernel(torch.autograd.Function):

@@ -1162,6 +1162,92 @@ def test_flash_proves_its_claims():
     assert code == 0 and "█" in out
 
 
+# What reaches the ops in odd ways: autocast, inference mode, tensors that lie apart, halves.
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_under_autocast_the_ops_are_what_they_are_in_its_dtype(dtype, path):
+    q, k, v = (3 * randn(1, 2, 20, 8, seed=i).float() for i in range(3))
+    x, w = randn(20, 8).float(), randn(8, seed=1).float()
+    alibi = torch.tensor([0.5, 0.25])
+    plain, tiled = (lambda *qkv: A.attention(*qkv, alibi=alibi)), (lambda *qkv: Fl.flash_attention(*qkv, window=5))
+
+    def both(op, tensors, inside):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", dtype, enabled=inside):
+            y = op(*tensors)
+        with torch.autocast("cpu", dtype, enabled=inside and op is not plain):                   # whose is torch's own
+            return [y.detach(), *torch.autograd.grad(y.float().sum(), tensors)]
+    for op in (plain, tiled):
+        for a, b in zip(both(op, (q, k, v), True), both(op, [t.to(dtype) for t in (q, k, v)], False), strict=True):
+            close(a.float(), b.float(), 1e-6)
+    for a, b in zip(both(A.rms_norm, (x, w), True), both(A.rms_norm, (x, w), False)):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", dtype):
+        assert A.attention(q, k, v.to(dtype)).dtype == dtype
+        assert A.attention(q.double(), k.double(), v.double()).dtype == torch.float64
+
+
+def test_tensors_that_lie_apart_are_read_where_they_lie(path):
+    x, w = torch.eye(2), torch.eye(2)
+    targets = torch.tensor([[0, 1], [0, 1]])
+    close(A.linear_cross_entropy(x, w, targets[:, 0]), F.cross_entropy(x @ w.T, targets[:, 0]))
+    nine = randn(6, 9).float()
+    close(A.linear_cross_entropy(nine, torch.eye(9), torch.tensor(3).expand(6)),
+          F.cross_entropy(nine, torch.full((6,), 3)))
+    q, positions = torch.tensor([1.0, 0]).expand(2, 1, 2, 2).contiguous(), torch.tensor([[0, 1], [2, 3]]).t()
+    for a, b in zip(A.rotary(q, q, positions), A.rotary(q, q, positions.contiguous())):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype, V", ((torch.uint8, 300), (torch.int8, 257), (torch.int16, 40000)))
+def test_targets_of_few_bits_are_whole_numbers_too(dtype, V, path):
+    x, targets = randn(4, 3).float(), torch.tensor([0, 60, 100, 7], dtype=dtype)
+    w = randn(V, 3, seed=1).float()
+    close(A.linear_cross_entropy(x, w, targets), F.cross_entropy(x @ w.T, targets.long()))
+
+
+def test_sums_that_half_precision_would_not_hold_are_not_made_in_it(path):
+    x, w = torch.full((200, 4), 1000.0).half(), torch.zeros(2, 4).half().requires_grad_()
+    A.linear_cross_entropy(x, w, torch.zeros(200, dtype=torch.long)).backward()
+    close(w.grad, torch.tensor([[-500.0], [500]]).expand(2, 4), 1e-3)
+
+
+def test_a_table_of_positions_survives_inference_mode():
+    rotary, q, positions = A.Rotary(A.rotary_inv_freq(4)), randn(1, 1, 3, 4).float(), torch.arange(3)
+    with torch.inference_mode():
+        rotary(q, q, positions)
+        own = torch.arange(3)
+        before = rotary(q, q, own)[0]
+        own += 100
+        assert not torch.equal(rotary(q, q, own)[0], before)
+    rotary(q.requires_grad_(), q, positions)[0].sum().backward()
+
+
+def test_a_cache_that_refuses_is_as_before():
+    cache, x = A.KVCache(1, 2, 4, 2), torch.ones(1, 2, 5, 2)
+    for wrong in (x, x[:, :1, :2], x[..., :2, :1]):
+        with pytest.raises(ValueError, match="KVCache"):
+            cache.attend(wrong, wrong, wrong, A.attention)
+    assert cache.length == 0 and cache.attend(x[:, :, :4], x[:, :, :4], x[:, :, :4], A.attention).shape == (1, 2, 4, 2)
+
+
+def test_edges_of_shapes_give_nothing_or_a_name(path_of_cpu):
+    none = torch.zeros(1, 1, 2, 0)
+    assert A.attention(none, none, none).shape == Fl.flash_attention(none, none, none).shape == none.shape
+    q = torch.ones(0, 1, 4, requires_grad=True)
+    Fl.flash_attention_varlen(q, q, q, *[torch.tensor([0], dtype=torch.int32)] * 2).sum().backward()
+    q = randn(1, 1, 4, 8).float()
+    for inv_freq in (torch.tensor(1.0), torch.ones(4, 1)):
+        with pytest.raises(ValueError, match="inv_freq"):
+            A.rotary(q, q, torch.arange(4), inv_freq=inv_freq)
+    A.rotary(q, q, torch.arange(4), inv_freq=torch.ones(4, requires_grad=True))
+
+
+def test_bfloat16_in_the_interpreter_is_torchs(path):
+    ones = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    assert torch.equal(Fl.flash_attention(ones, ones, ones), ones)
+
+
 # --- 3. ssm.py: S4D, the short convolution, Mamba's scan --------------------------------------------------------------
 
 def test_hippo_and_discretization():
