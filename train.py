@@ -1997,7 +1997,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def positive(kind, most=1e9):
+def positive(kind, most=1e15):
     """An argparse type: an int or a float above 0, up to `most`."""
     def parse(text):
         value = kind(text)
