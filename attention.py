@@ -574,8 +574,8 @@ def latent_attention_backward_numpy(x, w_q, w_down, w_k, w_v, w_out, positions, 
 #
 # X, W, dX, Targets … are pointers, and B, H, T, S, C, N, V, F sizes; `x_row` is the distance from one row of X to the
 # next; where rows are the heads of tokens, X_at is that from token to token, and from head to head. Everything is
-# computed in float32, whatever is stored. Padding up to a block's power of two is masked when loaded and when stored; offsets are int64, since N · C
-# may pass 2³¹.
+# computed in float32, whatever is stored. Padding up to a block's power of two is masked when loaded and when stored;
+# offsets are int64, since N · C may pass 2³¹.
 
 @jit
 def _rms_norm_fwd(X, Residual, W, Y, Sum, R, N, heads, C, X_at, Residual_at, eps, ROWS: tl.constexpr,
