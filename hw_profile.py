@@ -5,11 +5,12 @@ A chip computes at π FLOP/s and reads at β bytes/s. Work of F FLOPs that moves
     time ≥ max(F / π, Q / β)          attainable FLOP/s = min(π, I · β)          I = F / Q, FLOPs a byte: the intensity
 
 Where I = π / β the roof has its ridge: left of it memory is the limit, right of it arithmetic. That is the roofline
-(Williams, Waterman, Patterson 2009, doi 10.1145/1498765.1498785). Four numbers make the bound a prediction, each
-measured once for a chip or a class of chips, never for the row that is predicted:
+(Williams, Waterman, Patterson 2009, doi 10.1145/1498765.1498785). Five numbers make the bound a prediction, each
+measured once for a chip or a class of chips, never on the row that is predicted:
 
     name       of       what it is
-    MATMUL     vendor   best matrix product anyone measured / dense peak on paper: the median over the *other* chips
+    MATMUL     chip     best matrix product anyone measured / dense peak on paper; where none is, the vendor's median
+    TRAINING   all      what long runs on many chips keep of that product: the median over the published runs
     MEMORY     all      bytes/s that kernels sustain / bandwidth on paper
     LAUNCH     all      seconds from one kernel to the next in a recorded graph
     HOP        all      seconds of one hop of a ring: all-reduce = 2 (n − 1) (HOP + bytes / n / link)       (α–β model)
@@ -20,6 +21,7 @@ the price of a call are measured, and an op is predicted from the passes over me
 `python hw_profile.py` measures this machine, holds each op of the project against its roofline, writes roofline.png and
 prints the table of accelerators. --compare, --kernels, --model, --plan, --validate: see --help.
 """
+import bisect
 import concurrent.futures
 import difflib
 import functools
@@ -29,6 +31,7 @@ import math
 import operator
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,7 +54,7 @@ import infer
 import mod
 import ssm
 import train
-from train import Parser, UserError, positive
+from train import Parser, UserError
 
 
 # --- 1. Accelerators: what the vendors print, and what others measured ------------------------------------------------
@@ -63,7 +66,7 @@ from train import Parser, UserError, positive
 
 TABLE = """
 name                  vendor year memory bandwidth fp32  tf32   bf16  fp8  int8   fp4  link  watts  best  status
-A100 SXM              NVIDIA 2020     80      2.00 19.5   156    312    –   624     –   300    400 271.2  available
+A100 SXM              NVIDIA 2020     80     2.039 19.5   156    312    –   624     –   300    400 271.2  available
 H100 SXM              NVIDIA 2022     80      3.35   67 494.5    989 1979  1979     –   450    700 794.5  available
 H800 SXM              NVIDIA 2023     80      3.35   67 494.5    989 1979  1979     –   200    700     –  available
 H200 SXM              NVIDIA 2024    141      4.80   67 494.5    989 1979  1979     –   450    700     –  available
@@ -74,13 +77,13 @@ B300 SXM              NVIDIA 2025    288      8.00   80  1125   2250 4500   150 
 GB200 SXM (per chip)  NVIDIA 2025    186      8.00   80  1250   2500 5000  5000 10000   900   1200  1822  available
 GB300 SXM (per chip)  NVIDIA 2025    288      8.00   80  1250   2500 5000   165 15000   900   1400     –  available
 Rubin SXM             NVIDIA 2026    288     22.00  130  2000   4000 17500 2500 35000  1800      –     –  announced
-MI250X                AMD    2021    128      3.28 47.9     –    383    –   383     –   350    560     –  available
+MI250X                AMD    2021    128      3.28 95.7     –    383    –   383     –   350    560     –  available
 MI300X                AMD    2023    192      5.30 163.4 653.7  1300 2610  2600     –   448    750 668.4  available
 MI325X                AMD    2024    256      6.00 163.4 653.7  1300 2610  2600     –   448   1000 784.9  available
 MI355X                AMD    2025    288      8.00 157.3    –   2500 5000  5000 10100 535.5   1400  1565  available
 MI455X                AMD    2026    432     23.30  315     –   5000 10000 5000 20000  1800      –     –  announced
 TPU v4                Google 2021     32      1.20    –     –    275    –   275     –     –      –     –  available
-TPU v5e               Google 2023     16      0.82    –     –    197    –   394     –     –      –     –  available
+TPU v5e               Google 2023     16      0.82    –     –    197    –   394     –   200      –     –  available
 TPU v5p               Google 2023     95      2.76    –     –    459  459   918     –   600      –     –  available
 TPU v6e (Trillium)    Google 2024     32      1.60    –     –    918  918  1836     –   400      –     –  available
 TPU v7x (Ironwood)    Google 2025    192      7.38    –     –   2307 4614     –     –   600      –     –  available
@@ -90,7 +93,7 @@ Trainium2             AWS    2024     96      2.90  181   667    667 1299     �
 TPU 8t                Google 2026    216      6.53    –     –      –    –     – 12600  1200      –     –  announced
 TPU 8i                Google 2026    288      8.60    –     –      –    –     – 10100     –      –     –  announced
 Trainium3             AWS    2025    144      4.90  183   671    671 2517     –  2517  1280      –     –  available
-Ascend 950DT          Huawei 2026     96      4.00    –     –    486  919     –  1783     –      –     –  announced
+Ascend 950DT          Huawei 2026     96      4.00    –     –    486  919     –  1783   840      –     –  announced
 """
 
 Accelerator = namedtuple("Accelerator", TABLE.split("\n")[1].split())
@@ -175,8 +178,9 @@ PUBLISHED = parse_published(PUBLISHED)
 EXPONENTIALS = {"A100 SXM": 108 * 16 * 1.41e9, "H100 SXM": 132 * 16 * 1.83e9, "H800 SXM": 132 * 16 * 1.83e9,
                 "H200 SXM": 132 * 16 * 1.83e9, "B200 SXM": 148 * 16 * 1.85e9}
 
-MEMORY = 0.8                                                                 # both as aiconfigurator has them for the
-LAUNCH = 3e-6                                                                # H100 (arXiv 2601.06288)
+# MEMORY and LAUNCH as aiconfigurator has them for the H100 (arXiv 2601.06288).
+MEMORY = 0.8
+LAUNCH = 3e-6
 HOP = 1.5e-6                                                                 # NVLink, from one chip to the next
 RESERVED = 0.1                                                               # of the memory: activations, fragments
 BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
@@ -184,10 +188,12 @@ GROUP_SCALE = 2 / 32                                                         # b
 
 
 def find(name, names, what):
-    """The one of `names` that is meant: itself, or the only one that begins so. UserError with the nearest."""
+    """The one of `names` that is meant: itself, or the only one that begins so, its numbers whole. UserError with the
+    nearest.
+    """
     plain = lambda text: re.sub(r"[\s_-]+", "", text).lower()
     exact = [n for n in names if plain(n) == plain(name)]
-    begins = [n for n in names if plain(n).startswith(plain(name)) and name.strip()]
+    begins = [n for n in names if re.match(re.escape(plain(name)) + r"(?!(?<=\d)[\d.])", plain(n)) and name.strip()]
     if exact or len(begins) == 1:
         return (exact or begins)[0]
     by_plain = {plain(n): n for n in names}
@@ -207,8 +213,8 @@ def matmul_share(chip, without=None):
 
 
 def peak(chip, dtype):
-    """Dense peak FLOP/s of products in `dtype`, or None. Weights of 4 bits in integers are multiplied as bfloat16."""
-    value = getattr(chip, {"int4": "bf16"}.get(dtype, dtype))
+    """Dense peak FLOP/s of products in `dtype`, or None. Weights in integers are multiplied as bfloat16."""
+    value = getattr(chip, {"int4": "bf16", "int8": "bf16"}.get(dtype, dtype))
     return value and value * 1e12
 
 
@@ -241,13 +247,18 @@ def figure(x, digits=3):
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
 
 
-def table(head, rows, out=None):
+def short(name):
+    """A chip's name as tables have it."""
+    return name.split(" (")[0]
+
+
+def table(head, rows, out=None, gap=2):
     """Print rows under a head: the first column left, the others right."""
     rows = [[str(x) for x in row] for row in rows]
     width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         cells = [x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, width))]
-        print("  ".join(cells).rstrip(), file=out or sys.stdout)
+        print((" " * gap).join(cells).rstrip(), file=out or sys.stdout)
 
 
 def show_accelerators(chips, as_json):
@@ -259,18 +270,18 @@ def show_accelerators(chips, as_json):
     rows = []
     for c in chips:
         d = derived(c)
-        rows.append([c.name + ("*" if c.status == "announced" else ""), int(c.year), figure(c.memory),
+        rows.append([short(c.name) + ("*" if c.status == "announced" else ""), int(c.year), figure(c.memory),
                      figure(c.bandwidth), figure(c.fp32), figure(c.bf16), figure(c.fp8), figure(c.fp4), figure(c.link),
                      figure(c.watts), figure(d["ridge"]["bf16"]), figure(d["flop_per_joule"]),
                      f"{1e3 * d['read_all_seconds']:.0f}"])
-    table(["accelerator", "year", "GB", "TB/s", "fp32", "bf16", "fp8", "fp4", "link", "W", "ridge", "FLOP/J", "all ms"],
-          rows)
-    print("dense TFLOP/s; link GB/s one way; ridge FLOP/byte at bf16; all: reading all memory; – unknown"
+    table(["accelerator", "year", "GB", "TB/s", "fp32", "bf16", "fp8", "fp4", "link", "W", "ridge", "FLOP/J", "ms"],
+          rows, gap=1)
+    print("dense TFLOP/s; link GB/s one way; ridge FLOP/byte at bf16;\nms: reading all memory; – unknown"
           + ("\n* announced" if any(c.status == "announced" for c in chips) else ""))
 
 
 def compare(names, as_json):
-    """Accelerators side by side, a column each."""
+    """Accelerators side by side, a column each, as many at once as the terminal is wide."""
     chips = [ACCELERATORS[find(n, ACCELERATORS, "accelerator")] for n in names.split(",")]
     if as_json:
         return show_accelerators(chips, True)
@@ -286,7 +297,16 @@ def compare(names, as_json):
                                          for x in d)],
              ["bf16 FLOP / J", *(figure(x["flop_per_joule"]) for x in d)],
              ["reading all memory, ms", *(f"{1e3 * x['read_all_seconds']:.0f}" for x in d)]]
-    table(["", *(c.name for c in chips)], rows)
+    head = ["", *(short(c.name) for c in chips)]
+    wide = [2 + max(len(str(x)) for x in column) for column in zip(head, *rows)]
+    start, room = 1, shutil.get_terminal_size((80, 24)).columns + 2 - wide[0]
+    while start < len(head):
+        stop = start + 1
+        while stop < len(head) and sum(wide[start:stop + 1]) <= room:
+            stop += 1
+        print(end="\n" * (start > 1))
+        table([""] + head[start:stop], [row[:1] + row[start:stop] for row in rows])
+        start = stop
 
 
 # --- 2. Measure: this machine, and each op of the project on it -------------------------------------------------------
@@ -447,14 +467,14 @@ class Bench:
     bandwidth: list                                                          # (working set bytes, bytes/s) of a + b
     reading: list                                                            # of a sum
     products: dict                                                           # (least, size) → FLOP/s, float32
-    batched: dict                                                            # the same of many small ones at once,
-    columns: dict                                                            # and of those with few columns
+    batched: dict                                                            # the same of many small ones at once
+    columns: dict                                                            # of many with few columns
     weights: list                                                            # as `bandwidth`, of products of 4 rows
     attention: dict                                                          # kind → (head size, FLOP/s) of torch's own
     slow: dict                                                               # kind → seconds a number
     row: float
-    call: float                                                              # without gradients, and a call of a
-    call_train: float                                                        # forward and backward pass
+    call: float                                                              # without gradients
+    call_train: float                                                        # of a forward and backward pass
     link: float = None
 
     def bytes_per_second(self, working_set, curve=None):
@@ -554,14 +574,14 @@ def bench(device, bar):
         t = seconds(a.sum, kind, 0.015)
         reading.append((4 * len(a), 4 * len(a) / max(t - tiny, t / 4)))
     step("products by shape")
-    products = {}
+    products = {}                                                            # as they lie in a pass and its backward
     for least in (1, 4, 16, 64, 256, 1024):
         for size in (32, 64, 128, 256, 512, 1024) if kind == "cpu" else (256, 1024, 4096):
             a, b = torch.randn(least, size, device=kind), torch.randn(size, size, device=kind)
             out, a_t = torch.empty(least, size, device=kind), a.T.contiguous().T
-            spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)             # as they lie in a
-                                    for x, y in ((a, b), (a, b.T), (a_t, b)))                        # forward and a
-            products[least, size] = 2 * least * size * size / spent                                  # backward pass
+            spent = statistics.mean(seconds(lambda: torch.mm(x, y, out=out), kind, 0.01)
+                                    for x, y in ((a, b), (a, b.T), (a_t, b)))
+            products[least, size] = 2 * least * size * size / spent
     batched, columns = {}, {}
     for least in (1, 16, 64, 256):
         for size in (16, 64, 256):
@@ -675,10 +695,10 @@ def ops(s):
 
     def decode(device):
         pages = [torch.randn(s.B * s.T // 16, 16, s.G, s.D, device=device) for _ in range(2)]
-        table = torch.arange(s.B * s.T // 16, dtype=torch.int32, device=device).view(s.B, -1)
+        places = torch.arange(s.B * s.T // 16, dtype=torch.int32, device=device).view(s.B, -1)
         lengths = torch.full((s.B,), s.T, dtype=torch.int32, device=device)
         q = torch.randn(s.B, s.H, s.D, device=device)
-        return lambda: flash.flash_decode(q, *pages, table, lengths)
+        return lambda: flash.flash_decode(q, *pages, places, lengths)
 
     def block(letter, device):
         m, x = train.Model(small_config(s, letter)).initialize(0).to(device).blocks[0], t(device, s.B, s.T, s.C)
@@ -692,7 +712,7 @@ def ops(s):
     def faded(device, *shape):
         return -torch.rand(shape, device=device).requires_grad_()
 
-    def recurrent(op, step, make):
+    def recurrence(op, step, make):
         """An op of ssm.py forward and backward, and its one-token form; make(device, *leading sizes, state or not)."""
         def whole(device):
             tensors = make(device, (s.B, s.T))
@@ -733,9 +753,9 @@ def ops(s):
     block_weights = (weights - 2 * s.V * s.C) / len(shape.layers)
     E, (H, P, S) = 2 * s.C, operator.itemgetter("num_heads", "head_dim", "state_size")(train.mamba2_sizes(s.C))
     M, held = N // 8, dict(scan=E * 16, ssd=E * S, delta=s.H * s.D * s.D)    # rows taken, and numbers of a state
-    scan, scan_step = recurrent(ssm.selective_scan, ssm.selective_scan_step, scan_tensors)
-    ssd, ssd_step = recurrent(ssm.ssd, ssm.ssd_step, ssd_tensors)
-    delta, delta_step = recurrent(ssm.gated_delta, ssm.gated_delta_step, delta_tensors)
+    scan, scan_step = recurrence(ssm.selective_scan, ssm.selective_scan_step, scan_tensors)
+    ssd, ssd_step = recurrence(ssm.ssd, ssm.ssd_step, ssd_tensors)
+    delta, delta_step = recurrence(ssm.gated_delta, ssm.gated_delta_step, delta_tensors)
     return [
         Op("rms_norm", True, 12 * N * s.C, 4 * 5 * N * s.C, rms),
         Op("rms_norm + residual", True, 14 * N * s.C, 4 * 8 * N * s.C, rms_residual),
@@ -844,9 +864,20 @@ def op_on(op, chip):
     return max(op.flops / rate(chip, "bf16"), op.bytes / 2 / (chip.bandwidth * 1e12 * MEMORY)) + LAUNCH
 
 
+def check_out(path):
+    """UserError where no picture can be written: before the measurement, not after."""
+    try:
+        if not path or os.path.isdir(path):
+            raise ValueError("a folder, not a file")
+        tempfile.NamedTemporaryFile(prefix=f".{Path(path).name}.", dir=Path(path).parent).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
 def profile(args):
     """Measure this machine, hold the ops against it, draw the roofline, print the accelerators."""
     device = train.pick_device(args.device)
+    check_out(args.out)
     train.keep_memory()
     sizes = SMALL if device == "cpu" else LARGE
     todo, results = ops(sizes), []
@@ -876,7 +907,7 @@ def show_bench(b):
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     print(f"{b.machine.device}: best products " + ", ".join(f"{name[d]} {figure(f)}FLOP/s" for d, f in
                                                           b.machine.flops.items())
-          + f"; memory read at {figure(b.machine.bandwidth)}B/s\na call of torch {1e6 * b.call:.1f} µs, with gradients "
+          + f"\nmemory read at {figure(b.machine.bandwidth)}B/s\na call of torch {1e6 * b.call:.1f} µs, with gradients "
           f"{1e6 * b.call_train:.1f}; exponentials {figure(1 / b.slow['exp'])}/s"
           + (f"; link {figure(b.link)}B/s" if b.link else "") + "\n")
     top = max(y for _, y in b.bandwidth)
@@ -891,17 +922,18 @@ def show_bench(b):
 def show_ops(results):
     """Each op measured, predicted, as a share of its roof; and on accelerators."""
     print()
-    table(["op (float32)", "FLOPs", "bytes", "FLOP/B", "passes", "measured ms", "predicted", "ratio", "of roof"],
-          [[r["op"] + (", trained" if r["trained"] else ""), figure(r["flops"]), figure(r["bytes"]),
-            figure(r["intensity"]), r["passes"], f"{1e3 * r['measured']:.3f}", f"{1e3 * r['predicted']:.3f}",
-            f"{r['ratio']:.2f}", f"{r['roof_share']:.0%}"] for r in results])
+    table(["op (float32)", "FLOPs", "bytes", "FLOP/B", "passes", "µs", "said", "ratio", "roof"],
+          [[r["op"] + "′" * r["trained"], figure(r["flops"]), figure(r["bytes"]), figure(r["intensity"]), r["passes"],
+            figure(1e6 * r["measured"]), figure(1e6 * r["predicted"]), f"{r['ratio']:.2f}", f"{r['roof_share']:.0%}"]
+           for r in results])
     good = [sum(1 / x <= r["ratio"] <= x for r in results) for x in (1.25, 1.5)]
-    print(f"within 1.25×: {good[0]} of {len(results)}, within 1.5×: {good[1]}. FLOPs and bytes: the least there is; "
-          "passes: kernels run\n")
+    print(f"′ forward and backward; FLOPs and bytes: the least there is; passes: kernels run\nsaid: µs predicted; "
+          f"roof: share reached; ratio within 1.25×: {good[0]} of {len(results)}, 1.5×: {good[1]}\n")
     chips = [ACCELERATORS[n] for n in ON_PAPER]
     big = ops(LARGE)
-    table([f"µs, bf16, B {LARGE.B} T {LARGE.T} C {LARGE.C}", *(c.name.split(" (")[0] for c in chips)],
-          [[op.name + (", trained" if op.trained else ""), *(figure(1e6 * op_on(op, c)) for c in chips)] for op in big])
+    table(["µs (bf16)", *(short(c.name) for c in chips)],
+          [[op.name + "′" * op.trained, *(figure(1e6 * op_on(op, c)) for c in chips)] for op in big])
+    print(f"B {LARGE.B}, T {LARGE.T}, C {LARGE.C}")
 
 
 def draw_roofline(b, results, path):
@@ -949,13 +981,13 @@ def launches_attention(A, t):
 
 
 def launches_flash(F, t):
-    table, lengths = torch.zeros(2, 2048, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    places, lengths = torch.zeros(2, 2048, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     for D in (64, 128):
         pages, scales = t(9, 16, 2, D), torch.ones(9, 16, 2)
         yield dict(D=D), lambda: F.flash_attention(t(1, 4, 4096, D), t(1, 2, 4096, D),
                                                    t(1, 2, 4096, D)).sum().backward()
-        yield dict(D=D, cache="bf16"), lambda: F.flash_decode(t(2, 16, D), pages, pages, table, lengths)
-        yield dict(D=D, cache="int8"), lambda: F.flash_decode(t(2, 16, D), pages.char(), pages.char(), table, lengths,
+        yield dict(D=D, cache="bf16"), lambda: F.flash_decode(t(2, 16, D), pages, pages, places, lengths)
+        yield dict(D=D, cache="int8"), lambda: F.flash_decode(t(2, 16, D), pages.char(), pages.char(), places, lengths,
                                                               scales, scales)
 
 
@@ -983,8 +1015,9 @@ def launches_mod(M, t):
 
 
 LAUNCHES = {"attention": launches_attention, "flash": launches_flash, "ssm": launches_ssm, "mod": launches_mod}
-TARGETS = {   # name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its
-    "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),                        # matrix instructions
+# name: backend, architecture, lanes; on a multiprocessor: KB of shared memory, warps at most; its matrix instructions
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 164, 64, r"HMMA|IMMA"),
     "sm_90": ("cuda", 90, 32, 228, 64, r"HGMMA|QGMMA|IGMMA|HMMA|IMMA"),
     "sm_100": ("cuda", 100, 32, 228, 64, r"UTC\w*MMA|HMMA|IMMA"),
     "gfx942": ("hip", "gfx942", 64, 64, 32, r"v_mfma\w*"),
@@ -1153,13 +1186,13 @@ def show_kernels(as_json):
         return
     sizes = lambda config: " ".join(f"{k.replace('BLOCK_', '')}{v}" for k, v in config.items()
                                     if k in ("C", "D", "F", "S", "V", "K", "N", "P", "BLOCK_M", "BLOCK_N", "cache"))
-    table(["kernel", "sizes", "chip", "regs", "spill", "shared", "occ.", "by", "matrix", "exp", "limit"],
-          [[r["kernel"].strip("_")[:16], sizes(r["config"])[:13], r["target"], r["registers"], r["spills"],
-            r["shared_bytes"], f"{r['occupancy']:.0%}", r["occupancy_limit"][:4],
-            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:7]}", r["exponentials"], r["limit"][:8]]
-           for r in rows])
-    print("regs, exp: a thread; shared: bytes a program; occ.: warps at once / most, and what bounds it;\n"
-          "exp: 2^x written in the code; limit: what holds it up, by clocks of products and exponentials")
+    table(["kernel", "sizes", "chip", "regs", "kB", "occ.", "by", "matrix", "exp", "limit"],
+          [[r["kernel"].strip("_").replace("linear_cross", "cross")[:17], sizes(r["config"])[:11], r["target"],
+            r["registers"], -(-r["shared_bytes"] // 1024), f"{r['occupancy']:.0%}", r["occupancy_limit"][:3],
+            f"{r['matrix_count']} {(r['matrix_instruction'] or '–')[:6]}", r["exponentials"],
+            figure(r["spills"]) + " B" if r["spills"] else r["limit"][:8]] for r in rows], gap=1)
+    print("regs, exp: a thread; kB: shared by a program; occ.: warps at once / most, and\nwhat bounds it; exp: 2^x "
+          "written in the code; limit: what holds it up, by clocks\nof products and exponentials, or bytes spilled")
 
 
 # --- 4. Model cost: parameters, FLOPs and bytes by letter of the layer ------------------------------------------------
@@ -1181,16 +1214,19 @@ class Shape:
     out_bias: bool = False
     mlp_bias: bool = False
     context: int = 8192
+    norms: int = 2                                                           # of a block with attention, each C weights
     # Latent attention (DeepSeek): widths of the compressed queries and keys, of a head's rotated part, of its values.
     latent_q: int = 0
     latent: int = 0
     rotated: int = 0
     value_dim: int = 0
-    # Experts: how many, how many a token visits, how many all visit, their width; the first blocks have one MLP.
+    # Experts: how many, how many a token visits, their width; the width of what all visit, and whether it has a gate;
+    # the first blocks have one MLP.
     experts: int = 0
     active: int = 0
-    shared: int = 0
     expert_hidden: int = 0
+    shared: int = 0
+    shared_gate: bool = False
     dense: int = 0
     # Recurrent layers: {letter: what its function in LAYERS is called with}. Mixture of Depths: mod.py's two.
     mixers: dict = field(default_factory=dict)
@@ -1210,6 +1246,7 @@ MODELS = {m.name: m for m in (                                               # t
     qwen3("0.6B", 28, 1024, 16, 8, 3072, True), qwen3("1.7B", 28, 2048, 16, 8, 6144, True),
     qwen3("4B", 36, 2560, 32, 8, 9728, True), qwen3("14B", 40, 5120, 40, 8, 17408, False),
     qwen3("32B", 64, 5120, 64, 8, 25600, False),
+    qwen3("Qwen3-8B", 36, 4096, 32, 8, 12288, False),
     llama("8B", 32, 4096, 32, 8, 14336, context=131072), llama("70B", 80, 8192, 64, 8, 28672, context=131072),
     llama("405B", 126, 16384, 128, 8, 53248, context=131072),
     llama("Llama-2-7B", 32, 4096, 32, 32, 11008, 32000, context=4096),
@@ -1218,100 +1255,142 @@ MODELS = {m.name: m for m in (                                               # t
     Shape("PaLM-540B", "a" * 118, 18432, 256000, 48, 1, 256, 73728, True, context=2048),
     replace(qwen3("30B-A3B", 48, 2048, 32, 4, 6144, False), experts=128, active=8, expert_hidden=768),
     Shape("DeepSeek-V3", "a" * 61, 7168, 129280, 128, 128, 128, 18432, latent_q=1536, latent=512, rotated=64,
-          value_dim=128, experts=256, active=8, shared=1, expert_hidden=2048, dense=3, context=163840),
+          value_dim=128, experts=256, active=8, shared=2048, expert_hidden=2048, dense=3, context=163840),
     Shape("Mamba2-1.3B", "s" * 48, 2048, 50288, tied=True, mixers=dict(s=dict(H=64, P=64, N=128, G=1, K=4))),
     Shape("Mamba2-2.7B", "s" * 64, 2560, 50288, tied=True, mixers=dict(s=dict(H=80, P=64, N=128, G=1, K=4))),
     Shape("Mamba-2.8B", "m" * 64, 2560, 50280, tied=True, mixers=dict(m=dict(E=5120, N=16, K=4))))}
 
+FULL = {("Qwen3-" if m.qk_norm else "Llama-3.1-") + m.name: m for m in MODELS.values() if m.name[0].isdigit()}
+
 
 def model_shape(name):
     """A name of MODELS, a folder or a config.json → Shape. UserError with the nearest names."""
-    path = Path(name)
-    if path.is_dir() or path.suffix == ".json":
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file")
+    if os.path.isdir(name) or name.endswith(".json"):
+        path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
         return config_shape(train.read_json(path), path.parent.name or str(path))
-    return MODELS[find(name, MODELS, "model")]
+    return (MODELS | FULL)[find(name, MODELS | FULL, "model")]
+
+
+# model_type: what its config.json may leave out or never says. Those alone whose parameters are counted as transformers
+# counts them: another kind would be costed as what it is not.
+COUNTED = {kind: dict(kv_heads=None, head_dim="quotient", qk_norm=False, tied=False, norms=2) | own for kind, own in (
+    train.KINDS | dict(
+        mamba2={}, mamba=dict(tied=True), phi3={}, granite={}, smollm3=dict(kv_heads=4, tied=True),
+        gemma=dict(head_dim=256, tied=True), gemma2=dict(kv_heads=4, head_dim=256, tied=True, norms=4),
+        gemma3_text=dict(kv_heads=4, head_dim=256, tied=True, norms=4, qk_norm=True), mixtral=dict(kv_heads=8),
+        qwen2_moe={}, qwen3_moe=dict(kv_heads=4, qk_norm=True), deepseek_v2={}, deepseek_v3={})).items()}
 
 
 def config_shape(raw, name="config"):
-    """config.json as a dict, of any of the kinds of layer → Shape. UserError where a size is missing."""
-    get = lambda *keys, default=None: next((raw[k] for k in keys if raw.get(k) is not None), default)
-    kind, dim = raw.get("model_type", ""), get("hidden_size", "d_model")
-    count = get("num_hidden_layers", "n_layer")
-    if not dim or not count or not raw.get("vocab_size"):
-        raise UserError(f"{name}: its config.json lacks hidden_size, num_hidden_layers or vocab_size")
-    known = train.KINDS.get(kind, dict(kv_heads=None, head_dim="quotient", qk_norm=False))
-    heads, mixers = get("num_attention_heads", default=0), {}
+    """config.json as a dict, of a kind in COUNTED → Shape. UserError where a size is missing, or is none."""
+    def refuse(key, why):
+        raise UserError(f"{name}: its config.json says {key} = {str(raw.get(key))[:50]!r}: {why}")
+
+    def get(*keys, default=None, kind=int, least=1, most=10 ** 9):
+        key = next((k for k in keys if raw.get(k) is not None), keys[0])
+        value = default if raw.get(key) is None else raw[key]
+        if value is None:
+            raise UserError(f"{name}: its config.json lacks {key}")
+        if type(value) is not kind or kind is int and not least <= value <= most:
+            refuse(key, f"no {kind.__name__}" + f" from {least} to {most}" * (kind is int))
+        return value
+    flag, kind = functools.partial(get, kind=bool, default=False), get("model_type", default="", kind=str)
+    if kind not in COUNTED:
+        refuse("model_type", f"counted are {', '.join(COUNTED)}")
+    known, dim, count = COUNTED[kind], get("hidden_size", "d_model"), get("num_hidden_layers", "n_layer", most=10 ** 5)
+    latent, plain = kind.startswith("deepseek"), dict(mamba2="s", mamba="m").get(kind, "a") * count
+    expert, layers = latent or kind.endswith("_moe") or kind == "mixtral", get("layers", default=plain, kind=str)
+    types, capacity = raw.get("layer_types") or count * ["full_attention"], raw.get("capacity", 0.125)
+    if kind != "twin" and layers != plain:
+        refuse("layers", f"{count} blocks of {plain[0]}")
+    if type(types) is not list or len(types) != count or set(map(str, types)) - {"full_attention", "sliding_attention"}:
+        refuse("layer_types", f"{count} blocks of full_attention or sliding_attention")
+    if type(capacity) not in (int, float) or not 0 < capacity <= 1:
+        refuse("capacity", "no share of the tokens")
+    for key, value in dict(decoder_sparse_step=1, moe_layer_freq=1, mlp_only_layers=[], attention_bias=False).items():
+        if expert and raw.get(key, value) not in (value, None):
+            refuse(key, f"only {value} is counted")
+    heads, head_dim, kv_heads, mixers, own = 0, 0, 0, {}, {}
     if kind in ("mamba2", "twin"):
+        for key in ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "expand"):
+            get(key, default=1)
         mixers = train.parse_config(raw).mixers
         mixers.get("s", {}).pop("eps", None), mixers.get("s", {}).pop("dt_limit", None)
+        if any(v > 10 ** 9 for sizes in mixers.values() for v in sizes.values()):
+            refuse("layers", "a size above 1000000000")
     elif kind == "mamba":
-        rank = get("time_step_rank", default="auto")
         mixers = dict(m=dict(E=get("intermediate_size", default=get("expand", default=2) * dim),
                              N=get("state_size", default=16), K=get("conv_kernel", default=4),
-                             R=None if rank == "auto" else rank, bias=bool(get("use_bias", default=False)),
-                             conv_bias=bool(get("use_conv_bias", default=True))))
-    elif not heads:
-        raise UserError(f"{name}: its config.json lacks num_attention_heads")
-    head_dim = get("head_dim", default=known["head_dim"] if isinstance(known["head_dim"], int) else
-                   dim // heads if heads else 0)
+                             R=None if raw.get("time_step_rank") in (None, "auto") else get("time_step_rank"),
+                             bias=flag("use_bias"), conv_bias=flag("use_conv_bias", default=True)))
+    if plain[0] == "a":
+        heads = get("num_attention_heads")
+        kv_heads = get("num_key_value_heads", default=known["kv_heads"] or heads, most=heads)
+        head_dim = get("qk_nope_head_dim") if latent else get("head_dim", default=(
+            dim // heads if known["head_dim"] == "quotient" else known["head_dim"]))
+    if latent:
+        rank = get("q_lora_rank", default=0 if "q_lora_rank" in raw else 1536, least=0)
+        own = dict(latent_q=rank, latent=get("kv_lora_rank"), rotated=get("qk_rope_head_dim"),
+                   value_dim=get("v_head_dim"), dense=get("first_k_dense_replace", least=0, most=count))
+    if expert:
+        width, experts = get("moe_intermediate_size" if kind != "mixtral" else "intermediate_size"), get(
+            "num_local_experts", "num_experts", "n_routed_experts")
+        own |= dict(experts=experts, active=get("num_experts_per_tok", most=experts), expert_hidden=width,
+                    shared=get("n_shared_experts", default=0, least=0) * width if latent else
+                    get("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+                    shared_gate=kind == "qwen2_moe")
+    bias = kind in ("llama", "qwen3", "granite", "smollm3", "gemma", "gemma2", "gemma3_text") and flag("attention_bias")
     return Shape(
-        name, get("layers", default=dict(mamba2="s", mamba="m").get(kind, "a") * count), dim, raw["vocab_size"], heads,
-        get("num_key_value_heads", default=known["kv_heads"] or heads), get("qk_nope_head_dim", default=head_dim),
-        get("intermediate_size", default=0), tied=bool(get("tie_word_embeddings", default=kind == "mamba")),
-        qk_norm=known["qk_norm"], qkv_bias=bool(get("attention_bias", default=kind == "qwen2")),
-        out_bias=bool(get("attention_bias", default=False)) and kind != "qwen2",
-        mlp_bias=bool(get("mlp_bias", default=False)), context=get("max_position_embeddings", default=8192),
-        latent_q=get("q_lora_rank", default=0), latent=get("kv_lora_rank", default=0),
-        rotated=get("qk_rope_head_dim", default=0), value_dim=get("v_head_dim", default=0),
-        experts=get("num_experts", "n_routed_experts", "num_local_experts", default=0),
-        active=get("num_experts_per_tok", default=0), shared=get("n_shared_experts", default=0),
-        expert_hidden=get("moe_intermediate_size", default=get("intermediate_size", default=0)),
-        dense=get("first_k_dense_replace", default=0), mixers=mixers, capacity=get("capacity", default=0.125),
-        routing=get("routing", default="topk"))
+        name, layers, dim, get("vocab_size"), heads, kv_heads, head_dim,
+        get("intermediate_size") if set(layers.lower()) & set("ad") and (not expert or own.get("dense")) else 0,
+        tied=flag("tie_word_embeddings", default=known["tied"]), qk_norm=known["qk_norm"], norms=known["norms"],
+        qkv_bias=bias or kind == "qwen2" or kind == "qwen2_moe" and flag("qkv_bias", default=True), out_bias=bias,
+        mlp_bias=kind in ("llama", "granite", "smollm3") and flag("mlp_bias"), mixers=mixers, **own, capacity=capacity,
+        context=get("max_position_embeddings", default=8192), routing=get("routing", default="topk", kind=str))
 
 
 # What a block costs, by its letter: weights in matrices, those of them that a token visits and that Muon updates, all
-# other weights; `mixing`(T): FLOPs a token, beyond its matrices, forward, in a sequence of T; `kept`(T): numbers that
-# such a sequence leaves for the backward pass on a CPU; `cache` values a token, `state` values a sequence, and the
-# kernels of a decoded token. FLOPs are those of products, all T keys counted, as torch's counter has them.
+# other weights; `mixing`(T): FLOPs a token, beyond its matrices, forward, in a sequence of T, and `key`: those of a
+# decoded token for each key it sees; `kept`(T): numbers that such a sequence leaves for the backward pass on a CPU;
+# `cache` values a token, `state` values a sequence, and the kernels of a decoded token. FLOPs are those of products,
+# all T keys counted, as torch's counter has them.
 
-Layer = namedtuple("Layer", "matrices visited muon other mixing kept cache state kernels")
+Layer = namedtuple("Layer", "matrices visited muon other mixing key kept cache state kernels")
 
 
 def mlp_layer(c, dense):
     """The half of a block after its mixer: norm, gate and up, SwiGLU, down; or experts."""
-    C, F = c.dim, c.hidden
+    C, F, norms = c.dim, c.hidden, c.dim * c.norms // 2
     kept = lambda T: T * (2 * C + 1 + 4 * F)                                 # x, normed; gate, up, silu, their product
     if c.experts and not dense:
-        one, router = 3 * C * c.expert_hidden, c.experts * C
-        stored = (c.experts + c.shared) * one + router
-        return Layer(stored, (c.active + c.shared) * one + router, stored, C, None, kept, 0, 0, 4)
-    return Layer(3 * C * F, 3 * C * F, 3 * C * F, C + (2 * F + C) * c.mlp_bias, None, kept, 0, 0, 4)
+        F, beside = c.active * c.expert_hidden + c.shared, C * (c.experts + 3 * c.shared + c.shared_gate)
+        stored = 3 * C * c.experts * c.expert_hidden + beside
+        return Layer(stored, 3 * C * c.active * c.expert_hidden + beside, stored, norms, None, 0, kept, 0, 0, 4)
+    return Layer(3 * C * F, 3 * C * F, 3 * C * F, norms + (2 * F + C) * c.mlp_bias, None, 0, kept, 0, 0, 4)
 
 
 def with_mlp(c, dense, mixer):
     """A mixer's costs and those of the MLP after it."""
     mlp = mlp_layer(c, dense)
-    return Layer(*(a + b for a, b in zip(mixer[:4], mlp)), mixer.mixing, lambda T: mixer.kept(T) + mlp.kept(T),
-                 mixer.cache, mixer.state, mixer.kernels + mlp.kernels)
+    return Layer(*(a + b for a, b in zip(mixer[:4], mlp)), mixer.mixing, mixer.key,
+                 lambda T: mixer.kept(T) + mlp.kept(T), mixer.cache, mixer.state, mixer.kernels + mlp.kernels)
 
 
 def attention_layer(c, dense):
     """Norm, qkv, norms and rotary, attention and merge, out: attention.py's, or with keys and values compressed."""
     C, H, G, D = c.dim, c.heads, c.kv_heads, c.head_dim
     products, other = C * (H + 2 * G) * D + H * D * C, 2 * D * c.qk_norm + (H + 2 * G) * D * c.qkv_bias + C * c.out_bias
-    wide, cache = 2 * D, 2 * G * D
+    wide, cache, key = 2 * D, 2 * G * D, 4 * H * D
     if c.latent:
+        key = 2 * H * (2 * c.latent + c.rotated)                             # a decoded query looks at the latents
         rows, other, cache = H * (D + c.rotated), c.latent_q + c.latent, c.latent + c.rotated
         q, wide = C * c.latent_q + c.latent_q * rows if c.latent_q else C * rows, D + c.rotated + c.value_dim
         products = q + C * (c.latent + c.rotated) + c.latent * H * (D + c.value_dim) + H * c.value_dim * C
     # x, normed; q, k, v as they came, q and k rotated, the output as [H, T, D] and merged; a number a row of each norm
-    kept = 2 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 1 + (H + G) * c.qk_norm + H       # and of each softmax
-    return with_mlp(c, dense, Layer(products, products, products, C + other, lambda T: 2 * T * H * wide,
-                                    lambda T: T * kept, cache, 0, 6))
+    # and of each softmax
+    kept = 2 * C + (H + 2 * G) * D + (H + G) * D + 2 * H * D + 1 + (H + G) * c.qk_norm + H
+    return with_mlp(c, dense, Layer(products, products, products, C * c.norms // 2 + other, lambda T: 2 * T * H * wide,
+                                    key, lambda T: T * kept, cache, 0, 6))
 
 
 def recurrent(c, widths, K, state, out, other, mixing, kept, kernels, bias=False, conv_bias=True, inner=0, plain=0):
@@ -1320,10 +1399,11 @@ def recurrent(c, widths, K, state, out, other, mixing, kept, kernels, bias=False
     """
     C, width, conv = c.dim, sum(widths), widths[1]
     products = C * width + out * C + inner
+    # kept: x, normed; what `in` gave; into the convolution, before SiLU and after
     return Layer(products, products, products - plain, C + conv * (K + conv_bias) + (width + C) * bias + other,
-                 lambda T: 2 * K * conv + mixing(T),                         # x, normed; what `in` gave; into the
-                 lambda T: T * (2 * C + 1 + width + 3 * conv) + conv * (K - 1) + kept(T),        # convolution, before
-                 0, state + conv * (K - 1), kernels)                         # SiLU and after
+                 lambda T: 2 * K * conv + mixing(T), 0,
+                 lambda T: T * (2 * C + 1 + width + 3 * conv) + conv * (K - 1) + kept(T),
+                 0, state + conv * (K - 1), kernels)
 
 
 def chunked(flops, T, l=ssm.CPU_CHUNK):
@@ -1379,24 +1459,39 @@ def decision_weights(c):
 
 
 def cost(c, context):
-    """What a model costs → dict: params, active (that multiply a token; the head with them), muon (that Muon updates),
-    flops (forward, a token of a sequence of `context`), score (of them, for a key that a query sees), cache (values a
-    token), state (values a sequence).
+    """What a model costs → dict: params, active (that multiply a token; the head with them), visits (those in parts:
+    {share of the tokens that visit: weights}), muon (that Muon updates), flops (forward, a token of a sequence of
+    `context`; decode: of one that is decoded after it), score and key (of them, for a key that a query sees), cache
+    (values a token), state (values a sequence), kernels (that a decode step launches).
     """
     k = dict(params=c.vocab * c.dim * (1 if c.tied else 2) + c.dim, active=c.vocab * c.dim, muon=0,
-             flops=2 * c.vocab * c.dim, score=0, cache=0, state=0)
+             visits=Counter({1: c.vocab * c.dim}), flops=2 * c.vocab * c.dim, score=0, key=0, cache=0, state=0,
+             kernels=3)
     for layer, routed, n in blocks(c):
         seen, share = (taken(c, context), c.capacity) if routed else (context, 1)
         decide, beside = decision_weights(c) if routed else (0, 0)
         part = seen / context if context else share
         k["params"] += n * (layer.matrices + layer.other + decide + beside)
         k["active"] += n * (share * layer.visited + decide)
+        experts = (layer.matrices - layer.visited) * c.experts // max(c.experts - c.active, 1)
+        for visit, weights in ((1, decide), (share, layer.matrices - experts),
+                               (share * c.active / max(c.experts, 1), experts)):
+            k["visits"][visit] += n * weights
         k["muon"] += n * layer.muon
         k["flops"] += n * (part * (2 * layer.visited + layer.mixing(seen)) + 2 * decide)
         k["score"] += n * share ** 2 * layer.mixing(1) if layer.cache else 0
+        k["key"] += n * share ** 2 * layer.key
         k["cache"] += n * share * layer.cache
         k["state"] += n * layer.state
-    return k
+        k["kernels"] += n * (layer.kernels + 4 * routed)                     # router, choice, gather and scatter
+    return k | dict(decode=k["flops"] + context * (k["key"] - k["score"]))
+
+
+def weights_read(k, tokens):
+    """Weights that a pass over so many tokens reads, as is to be expected: E experts of which each token visits k are
+    E (1 − (1 − k / E)^tokens), and so is a block that takes a share of the tokens.
+    """
+    return sum(weights * (1 - (1 - share) ** tokens) for share, weights in k["visits"].items())
 
 
 def weight_bytes(dtype, params):
@@ -1427,11 +1522,6 @@ def training_memory(c, batch, context, recompute, dtype="bf16"):
                 logits=4 * 2 ** 20 * 2)
 
 
-def kernels_a_token(c):
-    """Kernels that a decode step launches; a routed block has router, choice, gather and scatter besides."""
-    return sum(n * (layer.kernels + 4 * routed) for layer, routed, n in blocks(c)) + 3
-
-
 def all_reduce(chip, size, devices):
     """Seconds in which a ring adds up `size` bytes over devices: 2 (n − 1) hops, each with 1/n of them."""
     if devices <= 1:
@@ -1445,24 +1535,21 @@ def decode_seconds(c, chip, dtype, batch, context, devices=1):
     two all-reduces a block where it is cut over devices.
     """
     k = cost(c, context)
-    read = k["active"] if batch == 1 or not c.experts else min(k["params"], k["active"] * batch)
-    quantity = weight_bytes(dtype, read) + batch * 2 * (k["cache"] * context + 2 * k["state"])
-    multiply = "bf16" if dtype in ("int8", "int4") else dtype                # weights alone are in few bits
+    quantity = weight_bytes(dtype, weights_read(k, batch)) + batch * 2 * (k["cache"] * context + 2 * k["state"])
     memory = quantity / devices / (chip.bandwidth * 1e12 * MEMORY)
-    compute = batch * k["flops"] / devices / rate(chip, multiply)
+    compute = batch * k["decode"] / devices / rate(chip, dtype)
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * c.dim, devices)
-    return max(memory, compute) + kernels_a_token(c) * LAUNCH + talk
+    return max(memory, compute) + k["kernels"] * LAUNCH + talk
 
 
 def prefill_seconds(c, chip, dtype, batch, tokens, devices=1):
     """All tokens of the prompts at once → seconds. Half of attention's scores lie in the future and are left out."""
-    k, none = cost(c, tokens / 2), cost(c, 0)
+    k = cost(c, tokens / 2)
     head = 2 * c.vocab * c.dim                                               # of the last token alone
     flops = batch * (tokens * (k["flops"] - head) + head)
-    multiply = "bf16" if dtype in ("int8", "int4") else dtype
-    memory = weight_bytes(dtype, none["params"]) / devices / (chip.bandwidth * 1e12 * MEMORY)
+    memory = weight_bytes(dtype, weights_read(k, batch * tokens)) / devices / (chip.bandwidth * 1e12 * MEMORY)
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * batch * tokens * c.dim, devices)
-    return max(flops / devices / rate(chip, multiply), memory) + kernels_a_token(c) * LAUNCH + talk
+    return max(flops / devices / rate(chip, dtype), memory) + k["kernels"] * LAUNCH + talk
 
 
 def devices_needed(c, chip, dtype, batch, context):
@@ -1474,11 +1561,13 @@ def devices_needed(c, chip, dtype, batch, context):
 
 def compute_bound_batch(c, chip, dtype, context):
     """The smallest batch whose decode step takes longer to multiply than to read; None where its caches grow faster."""
-    k, multiply = cost(c, context), "bf16" if dtype in ("int8", "int4") else dtype
-    bandwidth = chip.bandwidth * 1e12 * MEMORY
-    weights = weight_bytes(dtype, k["params"] if c.experts else k["active"]) / bandwidth
-    row = k["flops"] / rate(chip, multiply) - 2 * (k["cache"] * context + 2 * k["state"]) / bandwidth
-    return math.ceil(weights / row) if row > 0 else None
+    k, bandwidth = cost(c, context), chip.bandwidth * 1e12 * MEMORY
+    row = k["decode"] / rate(chip, dtype) - 2 * (k["cache"] * context + 2 * k["state"]) / bandwidth
+    if row <= 0:
+        return None
+    weights = lambda batch: weight_bytes(dtype, weights_read(k, batch)) / bandwidth
+    most = math.ceil(weights(math.inf) / row)
+    return 1 + bisect.bisect_left(range(1, most), True, key=lambda n: n * row >= weights(n))
 
 
 def model_cost(c, chip, dtype="bf16", batch=1, prompt_tokens=512, context=None, devices=None):
@@ -1523,13 +1612,20 @@ def train_rate(chip, c, context, share=None):
     return speed / (3 * cost(c, context)["flops"])
 
 
+def able(chips, dtype, asked):
+    """The chips whose peak in `dtype` is known; the others, if asked for, are named on stderr. UserError if none is."""
+    left = [c.name for c in chips if not peak(c, dtype)]
+    if len(left) == len(chips):
+        rate(chips[0], dtype)
+    if left and asked:
+        print(f"left out, no peak is known in {dtype}: {', '.join(left)}", file=sys.stderr)
+    return [c for c in chips if c.name not in left]
+
+
 def show_model(c, chips, args):
     """A model's sizes, and what it costs on each accelerator."""
     rows = [model_cost(c, chip, args.dtype, args.batch, args.prompt_tokens, args.context, args.devices)
-            for chip in chips if (peak(chip, "bf16" if args.dtype in ("int8", "int4") else args.dtype)
-                                  or len(chips) == 1)]
-    if not rows:
-        raise UserError(f"--dtype {args.dtype}: none of these accelerators has a known peak for it")
+            for chip in able(chips, args.dtype, args.accelerator)]
     if args.json:
         for row in rows:
             print(json.dumps(row))
@@ -1544,13 +1640,15 @@ def show_model(c, chips, args):
           f"{figure(2 * k['state'])}B a sequence\n"
           f"training, bf16: weights and gradients {figure(size['weights'])}B, optimizer {figure(size['optimizer'])}B, "
           f"activations\n{figure(kept)}B a token, {figure(small)}B recomputed\n")
-    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound from", "train Mtok/day"],
-          [[r["accelerator"], r["devices"], figure(r["prefill_seconds"]),
+    table(["accelerator", "chips", "prefill s", "ms/token", "tokens/s", "tokens/J", "bound", "Mtok/day"],
+          [[short(chip.name), figure(r["devices"]), figure(r["prefill_seconds"]),
             figure(1e3 * r["decode_seconds_per_token"]), figure(r["tokens_per_second"]), figure(r["tokens_per_joule"]),
-            r["compute_bound_batch"] or "never",
-            figure(train_rate(ACCELERATORS[r["accelerator"]], c, context) * 86400 / 1e6)] for r in rows])
-    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: the batch from "
-          f"which arithmetic holds up a step;\ntraining: bf16, a chip, at {training_share():.0%} of its best product")
+            figure(r["compute_bound_batch"]) if r["compute_bound_batch"] else "never",
+            figure(peak(chip, "bf16") and train_rate(chip, c, context) * 86400 / 1e6)]
+           for r, chip in zip(rows, [ACCELERATORS[r["accelerator"]] for r in rows])])
+    print(f"{args.dtype}, batch {args.batch}, prompt {args.prompt_tokens}, context {context}; bound: the batch from\n"
+          f"which arithmetic holds up a step; Mtok/day: trained in bf16, a chip, at\n{training_share():.0%} of its "
+          "best product")
 
 
 # --- 5. On paper: a service and a training run ------------------------------------------------------------------------
@@ -1577,13 +1675,17 @@ class NoCache:
 def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batched_tokens=8192, block_size=16):
     """infer.py's own scheduler, handed a clock and a runner that takes the time the roofline says → dict.
 
-    requests: (arrival seconds, prompt tokens, new tokens), in order of arrival. ValueError where one can never fit.
+    requests: (arrival seconds, prompt tokens, new tokens), in order of arrival. As many run at once as have room for
+    recurrent states, if there are any, beside blocks for the longest. ValueError where one can never fit.
     """
     k = cost(c, 0)
     free = devices * chip.memory * 1e9 * (1 - RESERVED) - weight_bytes(dtype, k["params"])
-    total = int(free // max(2 * k["cache"] * block_size, 1))
+    block, state = max(2 * k["cache"] * block_size, 1), 2 * k["state"]
     longest = max(-(-(prompt + new) // block_size) for _, prompt, new in requests)
-    if total < longest:
+    if state:
+        max_num_seqs = min(max_num_seqs, int(free // (state + longest * block)))
+    total = int((free - max_num_seqs * state) // block)
+    if total < longest or max_num_seqs < 1:
         raise ValueError(f"simulate: {c.name} and one request of {longest * block_size} tokens do not fit "
                          f"{devices} x {chip.name}")
     scheduler = infer.Scheduler(infer.Blocks(min(total, max_num_seqs * longest), block_size, caching=False), NoCache(),
@@ -1620,16 +1722,15 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
 def pass_seconds(c, k, chip, dtype, segments, devices):
     """Seconds of one pass over the weights for the scheduler's segments. `k`: the model's cost at a context of 0."""
     tokens = sum(stop - start for _, start, stop in segments)
-    seen = sum((stop - start) * (start + stop) / 2 for _, start, stop in segments)  # keys of all queries
+    seen = sum((stop - start) * (start + stop) / 2 * k["key" if stop - start == 1 else "score"]
+               for _, start, stop in segments)                               # keys of all queries
     held = sum(stop for _, _, stop in segments)
     head = 2 * c.vocab * c.dim
-    flops = tokens * (k["flops"] - head) + len(segments) * head + seen * k["score"]
-    read = min(k["params"], k["active"] * tokens) if c.experts else k["params"]
-    quantity = weight_bytes(dtype, read) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
-    multiply = "bf16" if dtype in ("int8", "int4") else dtype
+    flops = tokens * (k["flops"] - head) + len(segments) * head + seen
+    quantity = weight_bytes(dtype, weights_read(k, tokens)) + 2 * (k["cache"] * held + 2 * k["state"] * len(segments))
     talk = 2 * len(c.layers) * all_reduce(chip, 2 * tokens * c.dim, devices)
-    return (max(flops / devices / rate(chip, multiply), quantity / devices / (chip.bandwidth * 1e12 * MEMORY))
-            + kernels_a_token(c) * LAUNCH + talk)
+    return (max(flops / devices / rate(chip, dtype), quantity / devices / (chip.bandwidth * 1e12 * MEMORY))
+            + k["kernels"] * LAUNCH + talk)
 
 
 def arrivals(speed, count, prompt_tokens, new_tokens, seed=0):
@@ -1644,18 +1745,18 @@ def arrivals(speed, count, prompt_tokens, new_tokens, seed=0):
 
 def plan_service(c, chip, args):
     """How many chips a service needs → dict, or None where no number of them keeps the goals. A replica is cut over as
-    few chips as hold it and keep both goals; its load is doubled, then halved in, until the simulation breaks one.
+    few chips as hold it and keep both goals. Its load is what the simulation still keeps them under, found by halving
+    its logarithm 7 times, and no more than it answers in the long run: few requests at once end in time at any rate.
     """
     least = devices_needed(c, chip, args.dtype, 1, args.prompt_tokens + args.new_tokens)
     for n in (least, 2 * least, 4 * least):
-        if n > 64:
-            break
         keeps = lambda load: kept(c, chip, args, n, load)
-        if not keeps(0.01):
-            continue
-        low, high = 0.01, args.requests
-        if keeps(high):
+        high = min(args.requests, saturated(c, chip, args, n)) if n <= 64 else 0
+        low = min(0.01, high)
+        if high and keeps(high):
             low = high
+        elif not high or not keeps(low):
+            continue
         else:
             for _ in range(7):
                 middle = math.sqrt(low * high)
@@ -1668,6 +1769,16 @@ def plan_service(c, chip, args):
     return None
 
 
+def saturated(c, chip, args, devices):
+    """Requests a second that a replica answers of 1,024 at once, or of 2²⁴ tokens if they are long; 0: none fits."""
+    count = max(96, min(1024, 2 ** 24 // (args.prompt_tokens + args.new_tokens)))
+    burst = [(0.0, prompt, new) for _, prompt, new in arrivals(1, count, args.prompt_tokens, args.new_tokens)]
+    try:
+        return count / simulate(c, chip, args.dtype, burst, devices)["seconds"]
+    except ValueError:
+        return 0
+
+
 def kept(c, chip, args, devices, load, count=96):
     """A replica under `load` requests a second, simulated → what came out if it keeps the goals, else None."""
     try:
@@ -1678,58 +1789,68 @@ def kept(c, chip, args, devices, load, count=96):
 
 
 def plan_training(c, chip, args):
-    """How many chips train a model on so many tokens in so many days, and how it is cut → dict."""
-    context = min(c.context, args.context or 4096)
+    """How many chips train a model on so many tokens in so many days, and how it is cut → dict, or None where a window
+    does not fit. Each holds its part of weights, gradients and moments, the activations of a window and one block's
+    weights whole, the last two cut over the chips of a tensor-parallel group: the group that needs the fewest chips.
+    """
+    context = args.context or min(c.context, 4096)
     speed = train_rate(chip, c, context, args.mfu)
     k, size = cost(c, context), training_memory(c, 1, context, True)
-    chips = math.ceil(args.tokens / (args.days * 86400) / speed)
     state = size["weights"] + size["optimizer"]
-    room = chip.memory * 1e9 * (1 - RESERVED) - size["logits"]
-    most = 8 if chip.link else 1
-    tensor = next((t for t in (1, 2, 4, 8) if t <= most and size["activations"] / t < room / 2), most)
-    pipeline = max(1, math.ceil(state / len(c.layers) / tensor / room))      # what a layer leaves to FSDP
-    chips = max(chips, math.ceil(state / room), tensor * pipeline)
-    chips = -(-chips // (tensor * pipeline)) * tensor * pipeline
-    data = chips // (tensor * pipeline)
-    sums = all_reduce(chip, 2 * k["params"] / tensor, data)                  # the gradients of a step, in bfloat16
+    whole = 2 * max(c.vocab * c.dim, *(layer.matrices + layer.other for layer, _, _ in blocks(c)))
+    room = lambda tensor: chip.memory * 1e9 * (1 - RESERVED) - size["logits"] - (size["activations"] + whole) / tensor
+    cuts = [(-(-max(math.ceil(args.tokens / (args.days * 86400) / speed), math.ceil(state / room(t))) // t) * t, t)
+            for t in (1, 2, 4, 8)[:4 if chip.link else 1] if room(t) > 0]
+    if not cuts:
+        return None
+    chips, tensor = min(cuts)
+    sums = all_reduce(chip, 2 * k["params"] / tensor, chips // tensor)       # the gradients of a step, in bfloat16
     days = args.tokens / speed / chips / 86400
-    return dict(model=c.name, accelerator=chip.name, tokens=args.tokens, devices=chips, days=days,
-                mfu=speed * 3 * k["flops"] / peak(chip, "bf16"),
-                parallelism=f"tensor {tensor} x data {data}, weights and optimizer cut over data (FSDP)",
+    return dict(model=c.name, accelerator=chip.name, tokens=args.tokens, context=context, devices=chips, tensor=tensor,
+                data=chips // tensor, days=days, mfu=speed * 3 * k["flops"] / peak(chip, "bf16"),
+                parallelism=f"tensor {tensor} x data {chips // tensor}, weights and optimizer cut over all (FSDP)",
                 state_bytes_a_chip=state / chips, activation_bytes_a_window=size["activations"] / tensor,
-                gradient_sum_seconds=sums, megawatts=chips * chip.watts / 1e6 if chip.watts else None,
+                gathered_bytes=whole / tensor, gradient_sum_seconds=sums,
+                megawatts=chips * chip.watts / 1e6 if chip.watts else None,
                 megawatt_hours=chips * chip.watts * days * 24 / 1e6 if chip.watts else None)
 
 
 def show_plan(c, chips, args):
     """A service or a training run on each accelerator."""
-    make = plan_service if args.plan == "serve" else plan_training
-    plans = []
-    for chip in tqdm(chips, desc="plan", leave=False, file=sys.stderr, disable=len(chips) == 1 or None):
-        if peak(chip, args.dtype if args.dtype not in ("int8", "int4") else "bf16"):
-            plans.append((chip, make(c, chip, args)))
+    flag, asked, make = (("--context", args.context or 1, plan_training) if args.plan == "train" else
+                         ("--prompt-tokens and --new-tokens", args.prompt_tokens + args.new_tokens, plan_service))
+    if c.heads and asked > c.context:
+        raise UserError(f"{flag}: {asked} tokens; {c.name} has a context of {c.context}")
+    chips = able(chips, args.dtype, args.accelerator)
+    plans = [(chip, make(c, chip, args)) for chip in tqdm(chips, desc="plan", leave=False, file=sys.stderr,
+                                                          disable=len(chips) == 1 or None)]
     if args.json:
         for chip, plan in plans:
             print(json.dumps(plan or dict(model=c.name, accelerator=chip.name, devices=None)))
     elif args.plan == "serve":
-        table(["accelerator", "chips", "a replica", "kW", "tokens/s", "first p95 s", "per token p95 ms", "set back"],
-              [[chip.name, p["devices"], p["chips_a_replica"], figure(p["kilowatts"]), figure(p["tokens_per_second"]),
-                figure(p["first_token_p95"]), figure(1e3 * p["per_token_p95"]), p["preemptions"]] if p else
-               [chip.name, "goals", "out", "of", "reach", "", "", ""] for chip, p in plans])
+        table(["accelerator", "chips", "each", "kW", "tokens/s", "first s", "ms/token", "set back"],
+              [[short(chip.name), figure(p["devices"]), p["chips_a_replica"], figure(p["kilowatts"]),
+                figure(p["tokens_per_second"]), figure(p["first_token_p95"]), figure(1e3 * p["per_token_p95"]),
+                p["preemptions"]] if p else [short(chip.name), "goals", "out", "of", "reach", "", "", ""]
+               for chip, p in plans])
         print(f"{c.name} in {args.dtype}: {args.requests:g} requests/s of {args.prompt_tokens} + {args.new_tokens} "
-              f"tokens; first token within {args.first_token:g} s, then {1e3 * args.per_token:g} ms a token")
+              f"tokens; first token within {args.first_token:g} s,\nthen {1e3 * args.per_token:g} ms a token, for 95%; "
+              "each: chips of a replica, whose tokens/s these are")
     else:
-        table(["accelerator", "chips", "days", "share of peak", "tensor x data", "MW", "MWh", "GB state a chip"],
-              [[chip.name, p["devices"], figure(p["days"]), f"{p['mfu']:.0%}",
-                " x ".join(re.findall(r"\d+", p["parallelism"])[:2]), figure(p["megawatts"]),
-                figure(p["megawatt_hours"]), figure(p["state_bytes_a_chip"] / 1e9)] for chip, p in plans])
-        print(f"{c.name} on {args.tokens:.2e} tokens in bf16, weights and optimizer cut over the data-parallel chips")
+        table(["accelerator", "chips", "days", "of peak", "tensor x data", "MW", "MWh", "state GB"],
+              [[short(chip.name), figure(p["devices"]), figure(p["days"]), f"{p['mfu']:.0%}",
+                f"{p['tensor']} x {figure(p['data'])}", figure(p["megawatts"]), figure(p["megawatt_hours"]),
+                figure(p["state_bytes_a_chip"] / 1e9)] if p else
+               [short(chip.name), "does", "not", "fit", "", "", "", ""] for chip, p in plans])
+        print(f"{c.name} on {args.tokens:.2e} tokens in bf16, in windows of {args.context or min(c.context, 4096)};\n"
+              "state: weights, gradients and moments, cut over all chips, a chip's part")
 
 
 # --- 6. Validation: the predictor against what others measured --------------------------------------------------------
 
-OVERLAPPED = ("FlashAttention-3", "FlashAttention-4")                        # two tiles in turn: one multiplies while
-                                                                             # the other takes exponentials
+# Two tiles in turn: one multiplies while the other takes exponentials.
+OVERLAPPED = ("FlashAttention-3", "FlashAttention-4")
+
 
 def predict_attention(row):
     """TFLOP/s: a score costs 4 D FLOPs and an exponential; designs that overlap them pay the longer, others both."""
@@ -1783,7 +1904,8 @@ def validate(as_json):
                                   predicted=p, ratio=p / row.measured)))
     else:
         table(["what", "chip", "dtype", "measured", "predicted", "unit", "ratio"],
-              [[f"{r.system} {r.model}"[:36], f"{r.chips:g}x {r.hardware.split(' (')[0]}", r.dtype,
+              [[f"{r.system} {r.model}".replace("FlashAttention", "Flash").split(";")[0],
+                f"{r.chips:g}x {re.sub(' SXM| Laptop', '', short(r.hardware))}", r.dtype,
                 figure(r.measured, 4), figure(p, 4), r.unit, f"{p / r.measured:.2f}"] for r, p in results])
     out = sys.stderr if as_json else sys.stdout
     whole = sorted(e for kind in errors.values() for e in kind)
@@ -1796,6 +1918,24 @@ def validate(as_json):
 
 # --- 7. The command line ----------------------------------------------------------------------------------------------
 
+READ = dict(   # what is asked for: the flags that it reads
+    compare="", kernels="", validate="",
+    serve="model accelerator dtype prompt_tokens new_tokens requests first_token per_token",
+    train="model accelerator context tokens days mfu",
+    model="accelerator dtype batch prompt_tokens context devices", accelerator="", profile="device out")
+
+
+def between(least, most, kind=float):
+    """An argparse type: a number within limits."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    parse.__name__ = f"({kind.__name__} from {least:g} to {most:g})"
+    return parse
+
+
 def arguments():
     """The command line, as a parser."""
     p = Parser(prog="hw_profile.py", description="What this machine can do, how close each op comes, and what a model "
@@ -1804,22 +1944,25 @@ def arguments():
     does.add_argument("--compare", metavar="A,B,…", help="accelerators side by side")
     does.add_argument("--kernels", action="store_true", help="every Triton kernel, compiled for five chips")
     does.add_argument("--validate", action="store_true", help="the predictor against published measurements")
-    does.add_argument("--plan", choices=["serve", "train"], help="how many chips a service or a training run needs")
-    p.add_argument("--model", help="a model's cost: 0.6B … 405B, a folder or a config.json")
+    does.add_argument("--plan", choices=["serve", "train"], help="how many chips a service or a training run needs (of "
+                      "8B, without --model)")
+    p.add_argument("--model", help=f"a model's cost: {', '.join(MODELS)}, a folder or a config.json")
     p.add_argument("--accelerator", metavar="A,B,…", help="(all that are on sale)")
     p.add_argument("--dtype", choices=["fp32", "tf32", "bf16", "fp8", "int8", "int4", "fp4"], default="bf16",
                    help="of the weights (%(default)s)")
-    p.add_argument("--batch", type=positive(int), default=1, help="sequences decoded at once (%(default)s)")
-    p.add_argument("--prompt-tokens", type=positive(int), default=512, help="(%(default)s)")
-    p.add_argument("--new-tokens", type=positive(int), default=256, help="of --plan serve (%(default)s)")
-    p.add_argument("--context", type=positive(int), help="tokens that a decoded one looks at (the prompt)")
-    p.add_argument("--devices", type=positive(int), help="chips that share the model (as few as hold it)")
-    p.add_argument("--requests", type=positive(float), default=10.0, help="a second, of --plan serve (%(default)s)")
-    p.add_argument("--first-token", type=positive(float), default=1.0, help="seconds, for 95%% (%(default)s)")
-    p.add_argument("--per-token", type=positive(float), default=0.05, help="seconds, for 95%% (%(default)s)")
-    p.add_argument("--tokens", type=positive(float), default=1e12, help="of --plan train (%(default)s)")
-    p.add_argument("--days", type=positive(float), default=30.0, help="of --plan train (%(default)s)")
-    p.add_argument("--mfu", type=positive(float), help="share of the peak that training reaches (from published runs)")
+    count = functools.partial(between, 1, kind=int)
+    p.add_argument("--batch", type=count(10 ** 6), default=1, help="sequences decoded at once (%(default)s)")
+    p.add_argument("--prompt-tokens", type=count(2 ** 20), default=512, help="(%(default)s)")
+    p.add_argument("--new-tokens", type=count(2 ** 20), default=256, help="of --plan serve (%(default)s)")
+    p.add_argument("--context", type=count(2 ** 30), help="tokens that a decoded one looks at (the prompt); of --plan "
+                   "train: of a window (4096, or as many as the model has)")
+    p.add_argument("--devices", type=count(10 ** 6), help="chips that share the model (as few as hold it)")
+    p.add_argument("--requests", type=between(1e-6, 1e9), default=10.0, help="a second, of --plan serve (%(default)s)")
+    p.add_argument("--first-token", type=between(1e-9, 1e9), default=1.0, help="seconds, for 95%% (%(default)s)")
+    p.add_argument("--per-token", type=between(1e-9, 1e9), default=0.05, help="seconds, for 95%% (%(default)s)")
+    p.add_argument("--tokens", type=between(1, 1e18), default=1e12, help="of --plan train (%(default)s)")
+    p.add_argument("--days", type=between(1e-3, 1e6), default=30.0, help="of --plan train (%(default)s)")
+    p.add_argument("--mfu", type=between(1e-3, 1), help="share of the peak that training reaches (from published runs)")
     p.add_argument("--device", help="what to measure: cpu, cuda, mps (the best there is)")
     p.add_argument("--out", default="roofline.png", help="the picture of this machine's roofline (%(default)s)")
     p.add_argument("--json", action="store_true", help="an object a line on stdout")
@@ -1828,29 +1971,38 @@ def arguments():
 
 def chips_asked(names):
     """--accelerator → a list of Accelerators; without it all that are on sale."""
-    if names:
+    if names is not None:
         return [ACCELERATORS[find(n, ACCELERATORS, "accelerator")] for n in names.split(",")]
     return [c for c in ACCELERATORS.values() if c.status == "available"]
+
+
+def asked(parser, args):
+    """What is asked for: a key of READ. UserError for a flag that it does not read."""
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    mode = args.plan or next((name for name in READ if name in given), "profile")
+    for name in sorted(given - {mode, "plan", "json", *READ[mode].split()}):
+        what = dict(serve="--plan serve", train="--plan train", profile="a measurement").get(mode, f"--{mode}")
+        raise UserError(f"--{name.replace('_', '-')} is not read by {what}")
+    return mode
 
 
 def main(argv=None):
     """Answer by command-line flags → exit code."""
     try:
-        args = arguments().parse_args(argv)
-        if args.mfu and args.mfu > 1:
-            raise UserError(f"--mfu {args.mfu:g}: a share of the peak, at most 1")
-        chips = chips_asked(args.accelerator)
-        if args.compare:
+        parser = arguments()
+        args = parser.parse_args(argv)
+        mode, chips = asked(parser, args), chips_asked(args.accelerator)
+        if mode == "compare":
             compare(args.compare, args.json)
-        elif args.kernels:
+        elif mode == "kernels":
             show_kernels(args.json)
-        elif args.validate:
+        elif mode == "validate":
             validate(args.json)
         elif args.plan:
-            show_plan(model_shape(args.model or "8B"), chips, args)
-        elif args.model:
+            show_plan(model_shape("8B" if args.model is None else args.model), chips, args)
+        elif mode == "model":
             show_model(model_shape(args.model), chips, args)
-        elif args.accelerator:
+        elif mode == "accelerator":
             show_accelerators(chips, args.json)
         else:
             profile(args)

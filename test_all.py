@@ -5722,20 +5722,93 @@ def test_hw_other_kinds_of_layer():
     assert state["cache"] == 0 and state["state"] == 48 * (4096 * 128 + (4096 + 256) * 3)
 
 
+HW_SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+HW_EXPERTS = dict(HW_SIZES, num_experts=6, num_local_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+HW_LATENT = dict(HW_SIZES, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=2,
+                 num_key_value_heads=4, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=20, qk_rope_head_dim=8,
+                 qk_nope_head_dim=12, v_head_dim=10, n_group=1, topk_group=1)
+
+
 @pytest.mark.parametrize("kind,sizes", [
     ("Mamba2", dict(hidden_size=32, num_heads=4, head_dim=16, expand=2, state_size=8, n_groups=2, num_hidden_layers=2)),
     ("Mamba", dict(hidden_size=32, state_size=8, expand=2, num_hidden_layers=2)),
-    ("Llama", dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-                   num_hidden_layers=2))])
+    ("Llama", HW_SIZES), ("Llama", dict(HW_SIZES, attention_bias=True, mlp_bias=True)), ("Mistral", HW_SIZES),
+    ("Qwen2", HW_SIZES), ("Qwen3", dict(HW_SIZES, attention_bias=True)), ("Phi3", dict(HW_SIZES, pad_token_id=0)),
+    ("Granite", dict(HW_SIZES, attention_bias=True, mlp_bias=True)), ("SmolLM3", dict(HW_SIZES, pad_token_id=0)),
+    ("Gemma", HW_SIZES), ("Gemma2", HW_SIZES), ("Gemma3Text", HW_SIZES), ("Mixtral", HW_EXPERTS),
+    ("Qwen2Moe", dict(HW_EXPERTS, shared_expert_intermediate_size=40)), ("Qwen3Moe", HW_EXPERTS),
+    ("DeepseekV2", dict(HW_LATENT, q_lora_rank=None)), ("DeepseekV3", HW_LATENT)])
 def test_hw_reads_the_configs_of_transformers(kind, sizes, tmp_path):
-    """The library's own model of that config has as many parameters."""
+    """The library's own model of that config has as many parameters; written, and with its defaults left out."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, kind + "Config")(vocab_size=50, **sizes)
     with torch.device("meta"):
-        model = getattr(transformers, kind + "ForCausalLM")(config)
+        model = getattr(transformers, kind.replace("3Text", "3") + "ForCausalLM")(config)
     config.save_pretrained(tmp_path)
     shape = Hw.model_shape(str(tmp_path))
     assert Hw.cost(shape, 1)["params"] == sum(w.numel() for w in model.parameters())
+    if "Gemma" in kind:                                                      # tied, unless it says that it is not
+        raw = json.loads((tmp_path / "config.json").read_text())
+        assert Hw.config_shape({k: v for k, v in raw.items() if k != "tie_word_embeddings"}).tied
+
+
+HW_LLAMA = dict(model_type="llama", hidden_size=64, num_hidden_layers=2, vocab_size=99, num_attention_heads=4,
+                intermediate_size=96)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", "[" * 99999] + [json.dumps(HW_LLAMA | change) for change in (
+    dict(hidden_size="64"), dict(hidden_size=math.nan), dict(hidden_size=-64), dict(vocab_size=True), dict(layers=12),
+    dict(num_hidden_layers=10 ** 12), dict(layers="zz"), dict(layers="aaa"), dict(layers="ss"), dict(model_type=[]),
+    dict(model_type="bert"), dict(model_type="qwen3_next"), dict(capacity=math.nan), dict(capacity=0), dict(capacity=2),
+    dict(intermediate_size=None), dict(tie_word_embeddings="no"), dict(layer_types=["linear_attention"] * 2),
+    dict(num_key_value_heads=0), dict(model_type="mixtral", num_key_value_heads=4, num_local_experts="8"),
+    dict(model_type="mixtral", num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=9),
+    dict(model_type="mamba2", state_size=math.nan), dict(model_type="mamba", expand="2"))])
+def test_hw_refuses_a_broken_config(text, tmp_path):
+    """In one line; never the cost of another model."""
+    (tmp_path / "config.json").write_text(text)
+    code, out, err = run(Hw, "--model", tmp_path, "--accelerator", "H100")
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+
+
+def test_hw_reads_the_weights_that_tokens_visit():
+    """Of experts and of routed blocks what a draw of tokens visits; one token those that multiply it, many all."""
+    experts, routed = Hw.MODELS["30B-A3B"], Hw.replace(Hw.MODELS["8B"], layers="aA" * 16)
+    for c in (experts, routed, Hw.MODELS["DeepSeek-V3"]):
+        k = Hw.cost(c, 8)
+        read = [Hw.weights_read(k, tokens) for tokens in (1, 2, 8, 64, 10 ** 6)]
+        assert read == sorted(read) and read[0] == pytest.approx(k["active"])
+        assert read[-1] == pytest.approx(k["params"] - c.vocab * c.dim, rel=1e-3)               # but the embedding
+    k, one = Hw.cost(experts, 8), 48 * 3 * 2048 * 768
+    share = np.mean([len({int(e) for t in range(16) for e in rng.permutation(128)[:8]}) / 128
+                     for rng in map(np.random.default_rng, range(40))])
+    assert Hw.weights_read(k, 16) == pytest.approx(k["active"] + (128 * share - 8) * one, rel=0.02)
+    half = Hw.cost(Hw.replace(routed, capacity=0.5), 8)
+    blocks = Hw.weights_read(half, 10 ** 6) - Hw.weights_read(half, 1)       # of half of the routed ones
+    assert Hw.weights_read(half, 3) == pytest.approx(Hw.weights_read(half, 1) + blocks * (0.875 - 0.5) / 0.5)
+    chip = Hw.ACCELERATORS["H100 SXM"]
+    slow = lambda n: n * k["decode"] / Hw.rate(chip, "bf16") - (
+        2 * Hw.weights_read(k, n) + 2 * n * k["cache"] * 8) / (chip.bandwidth * 1e12 * Hw.MEMORY)
+    n = Hw.compute_bound_batch(experts, chip, "bf16", 8)
+    assert slow(n) >= 0 > slow(n - 1)
+
+
+def test_hw_a_decoded_query_looks_at_latents():
+    """Latent attention costs a decoded token 2 · latent + rotated a key and head, a prompt's D + rotated + value."""
+    c = Hw.MODELS["DeepSeek-V3"]
+    k, more = Hw.cost(c, 1000), Hw.cost(c, 2000)
+    assert more["decode"] - k["decode"] == pytest.approx(1000 * 61 * 128 * 2 * (2 * 512 + 64))
+    assert more["flops"] - k["flops"] == pytest.approx(1000 * 61 * 128 * 2 * (128 + 64 + 128))
+    plain = Hw.cost(Hw.MODELS["8B"], 1000)
+    assert plain["decode"] == plain["flops"]
+
+
+def test_hw_experts_keep_their_own_activations():
+    """Those of the experts that a token visits, not of a dense MLP's width."""
+    wide, c = (Hw.activation_floats(Hw.replace(Hw.MODELS["30B-A3B"], hidden=F), 16) for F in (6144, 60))
+    assert wide == c
+    plain = Hw.activation_floats(Hw.replace(Hw.MODELS["30B-A3B"], experts=0, hidden=8 * 768), 16)
+    assert plain == c
 
 
 def test_hw_validation_never_uses_its_own_row_and_is_near(monkeypatch):
@@ -5780,19 +5853,77 @@ def test_hw_compare_and_unknown_names():
     code, out, _ = run(Hw, "--compare", "B200,MI455X,TPU v7x")
     assert code == 0 and "announced" in out and max(map(len, out.splitlines())) <= 100
     for flags, near in ((["--accelerator", "H1000"], "H100 SXM"), (["--compare", "MI300"], "MI300X"),
-                        (["--model", "9B"], "8B"),
+                        (["--model", "9B"], "8B"), (["--model", "7"], "70B"), (["--model", "0"], "0.6B"),
+                        (["--accelerator", "B2"], "B200"), (["--model", ""], "0.6B"), (["--compare", ""], "A100"),
+                        (["--accelerator", ""], "A100"), (["--model", "q" * 300], "Qwen3-8B"),
+                        (["--model", "q" * 300 + ".json"], "not"),
                         (["--model", "8B", "--accelerator", "TPU v4", "--dtype", "fp8"], "bf16")):
         code, out, err = run(Hw, *flags)
         assert (code, out) == ((2, "") if near != "MI300X" else (0, out)) and (near in err or near in out)
         assert code == 0 or len(err.splitlines()) == 1
+    for name, of in (("Llama-3.1-8B", "8B"), ("Qwen3-0.6B", "0.6B"), ("Qwen3-8B", "Qwen3-8B"), ("qwen3 30b", "30B-A3B"),
+                     ("70", "70B")):
+        assert Hw.model_shape(name) is Hw.MODELS[of]
+    assert Hw.cost(Hw.MODELS["Qwen3-8B"], 1)["params"] == 8_190_735_360
 
 
-def test_hw_every_table_is_at_most_100_wide():
-    for flags in (["--validate"], ["--model", "405B"], ["--accelerator", ",".join(Hw.ACCELERATORS)],
-                  ["--plan", "train", "--model", "70B"]):
+@pytest.mark.parametrize("flags,named", [
+    (["--plan", "serve", "--devices", 2], "--devices"), (["--plan", "serve", "--batch", 2], "--batch"),
+    (["--plan", "serve", "--context", 64], "--context"), (["--plan", "train", "--dtype", "fp8"], "--dtype"),
+    (["--compare", "H100", "--model", "8B"], "--model"), (["--validate", "--model", "8B"], "--model"),
+    (["--model", "8B", "--out", "x.png"], "--out"), (["--days", 3], "--days"), (["--batch", "9" * 311], "--batch"),
+    (["--model", "8B", "--context", "9" * 311], "--context"), (["--model", "8B", "--devices", "9" * 311], "--devices"),
+    (["--plan", "train", "--days", 1e-310], "--days"), (["--plan", "train", "--mfu", 1e-320], "--mfu"),
+    (["--plan", "serve", "--requests", 1e-320], "--requests"), (["--plan", "train", "--context", 200_000], "--context"),
+    (["--plan", "serve", "--prompt-tokens", 200_000], "--prompt-tokens"),
+    (["--plan", "train", "--accelerator", "TPU 8t"], "TPU 8t"), (["--out", "."], "--out"), (["--out", ""], "--out"),
+    (["--out", "nowhere/x.png"], "--out"), (["--out", "x" * 300], "--out")])
+def test_hw_refuses_flags_in_one_line(flags, named, monkeypatch, tmp_path):
+    """What nothing would read, what no arithmetic holds, and a picture that cannot be written: before any work."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Hw, "bench", lambda *_: pytest.fail("measured"))
+    code, out, err = run(Hw, *flags)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and named in err and not list(tmp_path.iterdir())
+
+
+def test_hw_names_the_chips_it_leaves_out():
+    """On stderr, if they were asked for; a figure that needs an unknown peak is –."""
+    code, out, err = run(Hw, "--model", "8B", "--accelerator", "A100,H100", "--dtype", "fp8")
+    assert code == 0 and "H100" in out and "A100" not in out and "A100" in err and len(err.splitlines()) == 1
+    code, out, err = run(Hw, "--model", "8B", "--accelerator", "TPU 8t", "--dtype", "fp4")
+    row = next(line for line in out.splitlines() if line.startswith("TPU 8t"))
+    assert code == 0 and row.split()[-1] == "–" and not err
+    code, out, err = run(Hw, "--plan", "train", "--accelerator", "TPU 8t,H100", "--json")
+    assert code == 0 and json.loads(out)["accelerator"] == "H100 SXM" and "TPU 8t" in err
+
+
+def hw_rows(out):
+    return max(out.splitlines(), key=len)
+
+
+def test_hw_every_table_is_at_most_80_wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    every = ",".join(Hw.ACCELERATORS)
+    row = dict(kernel="_linear_cross_entropy_fwd", config=dict(D=128, BLOCK_M=128, BLOCK_N=128, cache="int8"),
+               target="gfx942", registers=512, spills=8888, shared_bytes=164_864, occupancy=1.0,
+               occupancy_limit="registers", matrix_instruction="v_mfma_f32_32x32x8_bf16", matrix_count=696,
+               exponentials=132, limit="exponentials")
+    monkeypatch.setattr(Hw, "kernel_rows", lambda: ([row, row | dict(spills=0)], []))
+    for flags in (["--validate"], ["--model", "405B"], ["--accelerator", every], ["--compare", every], ["--kernels"],
+                  ["--model", "DeepSeek-V3", "--accelerator", every, "--context", 131072, "--batch", 999999,
+                   "--prompt-tokens", 131072],
+                  ["--plan", "train", "--model", "70B"], ["--plan", "train", "--model", "405B"], ["--plan",
+                   "serve", "--accelerator", "GB200,RTX 4070", "--requests", 1e6]):
         code, out, err = run(Hw, *flags)
         assert code == 0, err
-        assert max(map(len, out.splitlines())) <= 100, max(out.splitlines(), key=len)
+        assert len(hw_rows(out)) <= 80, hw_rows(out)
+        assert "--compare" not in flags or all(Hw.short(name) in out for name in Hw.ACCELERATORS)
+    results = [dict(op=op.name, trained=op.trained, flops=op.flops, bytes=op.bytes, intensity=0.0833, passes=1206,
+                    measured=0.0999e-1, predicted=0.0999e-1, ratio=1.74, roof_share=1.0) for op in Hw.ops(Hw.SMALL)]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        Hw.show_ops(results)
+    assert len(hw_rows(out.getvalue())) <= 80, hw_rows(out.getvalue())
 
 
 def test_hw_plan_keeps_its_goals():
@@ -5809,6 +5940,34 @@ def test_hw_plan_keeps_its_goals():
     assert json.loads(out)["days"] <= 10
 
 
+def test_hw_plan_grows_with_the_load():
+    """However short the burst that is simulated: a replica is never given more than it answers in the long run."""
+    args = Hw.arguments().parse_args(["--plan", "serve"])
+    c, chip, devices = Hw.MODELS["0.6B"], Hw.ACCELERATORS["L40S"], []
+    most = Hw.saturated(c, chip, args, 1)
+    for args.requests in (0.5, 10.0, 100.0, 1000.0, 1e6):
+        plan = Hw.plan_service(c, chip, args)
+        assert args.requests / plan["replicas"] <= most
+        devices.append(plan["devices"])
+    assert devices == sorted(devices) and devices[1] < devices[3] and devices[4] > 500 * devices[3]
+
+
+@pytest.mark.parametrize("model", ["0.6B", "8B", "405B", "DeepSeek-V3", "Mamba2-2.7B"])
+def test_hw_training_plan_fits(model):
+    """Every chip holds its part of the states, a window's activations and a block's weights; the cut is all chips."""
+    code, out, err = run(Hw, "--plan", "train", "--model", model, "--days", 300, "--json")
+    plans = {p["accelerator"]: p for p in map(json.loads, out.splitlines())}
+    assert code == 0 and any(p["devices"] for p in plans.values())
+    for name, p in plans.items():
+        if p["devices"]:
+            assert p["tensor"] * p["data"] == p["devices"] and p["days"] <= 300
+            assert f"tensor {p['tensor']} x data {p['data']}" in p["parallelism"]
+            assert (p["state_bytes_a_chip"] + p["activation_bytes_a_window"] + p["gathered_bytes"]
+                    <= Hw.ACCELERATORS[name].memory * 1e9 * (1 - Hw.RESERVED))
+    if model == "405B":                                                      # 8 GB, and no link to cut a window over
+        assert plans["RTX 4070 Laptop"]["devices"] is None and plans["TPU v5e"]["tensor"] > 1
+
+
 def test_hw_simulation_is_the_engine_with_a_clock():
     """All new tokens come, in no less than the roofline allows; a small memory sets requests back."""
     c, chip = Hw.MODELS["0.6B"], Hw.ACCELERATORS["A100 SXM"]
@@ -5820,6 +5979,17 @@ def test_hw_simulation_is_the_engine_with_a_clock():
     assert tight["preemptions"] > 0
     with pytest.raises(ValueError, match="do not fit"):
         Hw.simulate(c, chip._replace(memory=1), "bf16", requests)
+
+
+def test_hw_simulation_holds_recurrent_states():
+    """As many sequences run at once as have room for their states beside the weights; where none has, it is said."""
+    c, chip = Hw.MODELS["Mamba2-1.3B"], Hw.ACCELERATORS["A100 SXM"]
+    k, requests = Hw.cost(c, 0), [(0.0, 16, 8)] * 12
+    room = lambda states: chip._replace(memory=(2 * k["params"] + 2 * k["state"] * states) / (1 - Hw.RESERVED) / 1e9)
+    steps = [Hw.simulate(c, room(n + 0.5), "bf16", requests)["steps"] for n in (12, 4, 1)]
+    assert steps == [8, 24, 96]
+    with pytest.raises(ValueError, match="do not fit"):
+        Hw.simulate(c, room(0.5), "bf16", requests)
 
 
 def test_hw_passes_are_counted_from_what_torch_runs():
