@@ -1483,7 +1483,8 @@ def leave(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                                       # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")                     # a code page without × ends no run
+        if hasattr(getattr(sys, name), "reconfigure"):                       # a notebook's has none
+            getattr(sys, name).reconfigure(errors="replace")                 # a code page without × ends no run
     try:
         code = main()
         sys.stdout.flush()

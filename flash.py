@@ -835,7 +835,7 @@ def _check(op, q, k, v, H, G, window, softcap, tensors):
     _floats(op, q=q, k=k, v=v)
     if G == 0 or H % G:
         raise ValueError(f"{op}: q {tuple(q.shape)} has {H} heads, no multiple of the {G} of k {tuple(k.shape)}")
-    if not 1 <= q.shape[-1] <= 256 and (on_kernel(q) or has_kernel(q)):
+    if not 1 <= q.shape[-1] <= 256 and has_kernel(q):
         raise ValueError(f"{op}: the head size of q {tuple(q.shape)} must be 1 … 256")
     if window is not None and window < 1 or softcap is not None and softcap <= 0:
         raise ValueError(f"{op}: window ({window}) must be at least 1 and softcap ({softcap}) above 0")

@@ -1976,7 +1976,7 @@ def chips_asked(names):
     return [c for c in ACCELERATORS.values() if c.status == "available"]
 
 
-def asked(parser, args):
+def mode_of(parser, args):
     """What is asked for: a key of READ. UserError for a flag that it does not read."""
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     mode = args.plan or next((name for name in READ if name in given), "profile")
@@ -1991,7 +1991,7 @@ def main(argv=None):
     try:
         parser = arguments()
         args = parser.parse_args(argv)
-        mode, chips = asked(parser, args), chips_asked(args.accelerator)
+        mode, chips = mode_of(parser, args), chips_asked(args.accelerator)
         if mode == "compare":
             compare(args.compare, args.json)
         elif mode == "kernels":

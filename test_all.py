@@ -3208,6 +3208,7 @@ def test_any_terminal_will_do(shell, corpus, tmp_path):
     ("config.json", dict(model_type=["qwen3"]), "config.json"), ("config.json", dict(rms_norm_eps="x"), "config.json"),
     ("config.json", dict(layer_types=5), "config.json"), ("config.json", dict(eos_token_id=99999), "eos_token_id"),
     ("config.json", dict(eos_token_id="x"), "eos_token_id"),
+    ("config.json", dict(capacity=2.0), "capacity"), ("config.json", dict(routing="x"), "routing"),
     ("model.safetensors.index.json", "[]", "index.json"),
     ("model.safetensors.index.json", '{"weight_map": ["a"]}', "index.json"),
     ("tokenizer.json", b"\xff", "tokenizer"), ("tokenizer.json", "{}", "tokenizer.json"),
@@ -3238,6 +3239,41 @@ def test_a_log_of_nonsense_ends_no_run(trained, tmp_path):
     (tmp_path / "loss.png").mkdir()
     code, _, err = run(train, "--resume", "--out", tmp_path, "--steps", 61)
     assert code == 0 and "loss.png" in err and train.read_state(tmp_path)["step"] == 61
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(trained, corpus, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "folder")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    rows = {name: w[:300] if len(w) == 400 else w for name, w in weights.items()}
+    safetensors.torch.save_file(rows, folder / "model.safetensors")
+    rewrite(folder, vocab_size=300, eos_token_id=None)
+    code, _, err = run(train, "--data", corpus, "--init", folder, "--steps", 1, "--out", tmp_path / "out")
+    assert code == 2 and "does not know: it has 300" in err, err
+    code, _, err = run(infer, "--model", folder, "import collections, functools")
+    assert "Traceback" not in err
+
+
+def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path, monkeypatch):
+    arguments = ("--data", corpus, *SMALL, "--out", tmp_path)
+    assert run(train, *arguments, "--steps", 2)[0] == 0
+    before = bits(tmp_path)
+    step = train.Optimizer.step
+
+    def diverge(self, *rest):
+        step(self, *rest)
+        next(w for group in self.adam.param_groups for w in group["params"]).data.fill_(math.nan)
+    monkeypatch.setattr(train.Optimizer, "step", diverge)
+    code, _, err = run(train, "--resume", "--out", tmp_path, "--steps", 3)
+    assert code == 2 and "not finite" in err and bits(tmp_path) == before and train.read_state(tmp_path)["step"] == 2
+
+
+def test_what_rotary_scales_is_not_stretched(trained, corpus, tmp_path):
+    for key in ("type", "rope_type"):
+        folder = shutil.copytree(trained, tmp_path / key)
+        rewrite(folder, rope_scaling={key: "linear", "factor": 2.0}, rope_parameters=...)
+        code, _, err = run(train, "--data", corpus, "--init", folder, "--context", 100, "--steps", 1, "--out",
+                           tmp_path / "out")
+        assert code == 2 and "--context 100" in err, err
 
 
 def test_a_longer_context_is_written_down(trained, corpus, tmp_path):

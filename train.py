@@ -526,14 +526,15 @@ def load_corpus(data, kind, vocab, tokenizer=None):
             if kept_tokens(folder) is None:                                  # else another run was quicker
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-        about = kept_tokens(folder)
+        if (about := kept_tokens(folder)) is None:
+            raise OSError("what was written there is gone again")
         tokenizer = tokenizer or Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
         train, val = (np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") if about["sizes"][f"{part}.bin"]
                       else np.zeros(0, about["dtype"]) for part in ("train", "val"))
         return Corpus(tokenizer, train, val, len(files), about["train_bytes"], about["val_bytes"],
                       (folder / "val.txt").read_bytes(), about["digest"])
-    except (OSError, TypeError) as error:                                    # TypeError: gone again by now
-        raise UserError(f"{folder.parent}: does not hold the tokens ({getattr(error, 'strerror', None) or error}); set "
+    except OSError as error:
+        raise UserError(f"{folder.parent}: does not hold the tokens ({error.strerror or error}); set "
                         "TWIN_CACHE to a folder that can") from None
     finally:
         if made:
@@ -752,6 +753,9 @@ def parse_config(raw, generation=None):
                             num_attention_heads=c.heads).items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.json: {name} is {value!r}: it must be a whole number from 1")
+    if not isinstance(c.capacity, (int, float)) or not 0 < c.capacity <= 1 or c.routing not in ("topk", "threshold"):
+        raise UserError(f"config.json: capacity {c.capacity!r} must lie above 0 and at most at 1, and routing "
+                        f"{c.routing!r} be topk or threshold")
     if wrong := [i for i in c.eos_ids if not isinstance(i, int) or not 0 <= i < c.vocab]:
         raise UserError(f"config.json: eos_token_id {wrong[0]!r} is none of the {c.vocab} tokens")
     return c
@@ -861,13 +865,18 @@ def parse_mamba2(raw, generation):
         mixers=dict(s=mixer), eos_ids=end_ids(raw, generation), raw=raw)
 
 
+def rope_of(raw):
+    """What a config.json says of rotary positions, in either dialect → dict, and the kind of scaling."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    return rope, rope.get("rope_type") or rope.get("type") or "default"
+
+
 def parse_rope(raw, D):
     """The rotary wavelengths of a config.json, old keys (rope_theta, rope_scaling) and new (rope_parameters) merged.
 
     → inv_freq [D/2] float32, and the factor on cos and sin. Scalings: linear, llama3, yarn (arXiv 2309.00071).
     """
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope, kind = rope_of(raw)
     base = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("config.json: rope_parameters of its own for each layer type is not supported")
@@ -1570,6 +1579,9 @@ class Run:
         weights = gathered(model.state_dict(), self.processes.rank == 0)
         if self.processes.rank:
             return
+        if not all(bool(w.isfinite().all()) for w in weights.values() if w.ndim):                # a threshold may be
+            raise UserError("the weights are not finite and are not saved; what was saved before is kept: start again, "
+                            "into another --out, with a lower --lr")         # none yet
         if self.optimizer.cut:
             model = empty_model(model.config)
             model.load_state_dict(weights)
@@ -1646,8 +1658,8 @@ class Run:
                     raise
                 self.forget_gradients()
                 if self.optimizer.cut or self.rows == 1 and self.model.recompute:                # cut: others wait in
-                    count = min(self.rows, len(mine))                        # the middle of this pass
-                    raise UserError(f"the memory does not hold {count} window{'s' * (count > 1)} of {s['context']} "
+                    held = min(self.rows, len(mine))                         # the middle of this pass
+                    raise UserError(f"the memory does not hold {held} window{'s' * (held > 1)} of {s['context']} "
                                     "tokens; give a smaller --context, --dim or --layers, or more processes with "
                                     f"--shard ({error})") from None
                 self.model.recompute, self.rows = self.rows == 1, max(1, min(self.rows, len(mine)) // 2)
@@ -1997,11 +2009,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def positive(kind, most=1e15):
-    """An argparse type: an int or a float above 0, up to `most`."""
+def positive(kind):
+    """An argparse type: an int or a float above 0, up to 10¹⁵."""
     def parse(text):
         value = kind(text)
-        if not 0 < value <= most:
+        if not 0 < value <= 1e15:
             raise ValueError
         return value
     parse.__name__ = f"positive {kind.__name__}"
@@ -2218,11 +2230,14 @@ def prepare(args, processes):
         if len(tokens) < least:
             raise UserError(f"the {part} part of the data has {len(tokens)} tokens and needs {least}: give more text"
                             + (" or a smaller --context" if part == "training" else ""))
+    known = min((model.config.vocab for model in given), default=math.inf)
+    if corpus.tokenizer.vocab_size > known and max(corpus.train.max(), corpus.val.max()) >= known:
+        raise UserError(f"the tokenizer says tokens that the model does not know: it has {known:,}")
     if start:
         model, raw = start[0].train(), start[0].config.raw
         raw.update(dtype="float32", torch_dtype="float32")
         if context > model.config.context:                                   # where it is more than a length, it counts
-            if (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+            if rope_of(raw)[1] != "default":
                 raise UserError(f"--context {context}: the positions of {args.init} are scaled for up to "
                                 f"{model.config.context} tokens")
             raw["max_position_embeddings"] = model.config.context = context
