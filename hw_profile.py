@@ -1684,7 +1684,7 @@ def simulate(c, chip, dtype, requests, devices=1, max_num_seqs=256, max_num_batc
     longest = max(-(-(prompt + new) // block_size) for _, prompt, new in requests)
     if state:
         max_num_seqs = min(max_num_seqs, int(free // (state + longest * block)))
-    total = int((free - max_num_seqs * state) // block)
+    total = int(free // block)
     if total < longest or max_num_seqs < 1:
         raise ValueError(f"simulate: {c.name} and one request of {longest * block_size} tokens do not fit "
                          f"{devices} x {chip.name}")
