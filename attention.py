@@ -578,24 +578,24 @@ def latent_attention_backward_numpy(x, w_q, w_down, w_k, w_v, w_out, positions, 
 # offsets are int64, since N · C may pass 2³¹.
 
 @jit
+def _row(X, X_at, row, heads):
+    return X + row // heads * X_at[0] + row % heads * X_at[1]
+
+
+@jit
 def _rms_norm_fwd(X, Residual, W, Y, Sum, R, N, heads, C, X_at, Residual_at, eps, ROWS: tl.constexpr,
                   BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     here = (row < N) & (c < C)
-    x = tl.load(_row(X, X_at, row, heads) + c, mask=here, other=0.).to(tl.float32)                   # padding adds 0 to
-    if Residual is not None:                                                 # the mean
+    x = tl.load(_row(X, X_at, row, heads) + c, mask=here, other=0.).to(tl.float32)                   # padding: 0
+    if Residual is not None:
         x += tl.load(_row(Residual, Residual_at, row, heads) + c, mask=here, other=0.).to(tl.float32)
         tl.store(Sum + row * C + c, x, mask=here)
     w = tl.load(W + c, mask=c < C, other=0.).to(tl.float32)
     r = 1 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / C + eps)              # [ROWS, 1]
     tl.store(Y + row * C + c, x * r * w, mask=here)
     tl.store(R + row, r, mask=row < N)
-
-
-@jit
-def _row(X, X_at, row, heads):
-    return X + row // heads * X_at[0] + row % heads * X_at[1]
 
 
 @jit
@@ -803,6 +803,14 @@ def _heads(x, turned):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _unturn(y, shape, turned):
+    """[tokens, heads, C] → `shape`."""
+    if not turned:
+        return y.view(shape)
+    B, H, T, C = shape
+    return y.view(B, T, H, C).transpose(1, 2)
+
+
 class _RMSNormKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps, residual):
@@ -842,14 +850,6 @@ class _RMSNormKernel(torch.autograd.Function):
             num_warps=_warps(ROWS * BLOCK_C))
         dx, (x_type, residual_type) = _unturn(dx, ctx.shape, ctx.turned), ctx.dtypes
         return dx.to(x_type), dw.sum(0).to(w.dtype), None, None if residual_type is None else dx.to(residual_type)
-
-
-def _unturn(y, shape, turned):
-    """[tokens, heads, C] → `shape`."""
-    if not turned:
-        return y.view(shape)
-    B, H, T, C = shape
-    return y.view(B, T, H, C).transpose(1, 2)
 
 
 def _inverse_rms(x, eps):
@@ -926,6 +926,12 @@ def _rotate(x, cos, sin):
     return y.to(x.dtype)
 
 
+def _rotate_both(q, k, cos, sin):
+    if on_kernel(q) and k.numel() > 0:
+        return _rotate_on_kernel(q, k, cos, sin)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
 class _Rotary(torch.autograd.Function):
     """A rotation's gradient is the rotation back: the same lines with −sin, and nothing of q and k is kept."""
 
@@ -939,12 +945,6 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         return *_rotate_both(dq, dk, cos, -sin), None, None
-
-
-def _rotate_both(q, k, cos, sin):
-    if on_kernel(q) and k.numel() > 0:
-        return _rotate_on_kernel(q, k, cos, sin)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def rotary_inv_freq(D, base=10000.0, device=None):
@@ -968,6 +968,11 @@ def rotary_cos_sin(positions, inv_freq, factor=1.0, dtype=torch.float32):
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
+def _rotate_q_k(q, k, cos, sin):
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    return _Rotary.apply(q, k, cos, sin) if grad else _rotate_both(q, k, cos, sin)
+
+
 def rotary(q, k, positions, base=10000.0, inv_freq=None, factor=1.0):
     """Rotate q [B, H, T, D] and k [B, G, T, D] by their positions [T] or [B, T] → the same shapes.
 
@@ -988,11 +993,6 @@ def rotary(q, k, positions, base=10000.0, inv_freq=None, factor=1.0):
         raise ValueError(f"rotary: positions {tuple(positions.shape)} must be [T] or [B, T], one for each token of "
                          f"q {tuple(q.shape)} and k {tuple(k.shape)}")
     return _rotate_q_k(q, k, *rotary_cos_sin(positions, inv_freq, factor, q.dtype))
-
-
-def _rotate_q_k(q, k, cos, sin):
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    return _Rotary.apply(q, k, cos, sin) if grad else _rotate_both(q, k, cos, sin)
 
 
 class _SwiGLUKernel(torch.autograd.Function):
@@ -1138,6 +1138,26 @@ def attention(q, k, v, causal=True, window=None, softcap=None, alibi=None, scale
     return torch.where(some, y, 0)
 
 
+def _loss_and_dz(z, targets, ignore_index, dtype):
+    """z [rows, V] → the loss of each row and, in `dtype` unless None, softmax(z) − onehot(target); 0 where ignored."""
+    kept = targets != ignore_index
+    index = targets.where(kept, 0)[:, None]
+    p = F.log_softmax(z, dim=-1)
+    loss = -p.gather(1, index)[:, 0] * kept
+    if dtype is None:
+        return loss, None
+    return loss, p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=p.dtype)).mul_(kept[:, None]).to(dtype)
+
+
+def _loss_on_kernel(z, targets, ignore_index, dtype):
+    loss, V = torch.empty(len(z), device=z.device), z.shape[1]
+    dz = z if dtype in (None, z.dtype) else torch.empty_like(z, dtype=dtype)
+    BLOCK_V = min(triton.next_power_of_2(V), 8192)
+    _linear_cross_entropy_fwd[(len(z),)](z, targets, loss, dz, V, ignore_index, GRAD=dtype is not None, BLOCK_V=BLOCK_V,
+                                         num_warps=_warps(BLOCK_V))
+    return loss, dz
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients together, a chunk of rows at a time: dz = (softmax(z) − onehot(target)) / rows kept."""
 
@@ -1173,26 +1193,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grad / count
         return (None if dx is None else (dx * scale).to(dx.dtype), None if dw is None else (dw * scale).to(ctx.w_dtype),
                 None, None, None, None)
-
-
-def _loss_and_dz(z, targets, ignore_index, dtype):
-    """z [rows, V] → the loss of each row and, in `dtype` unless None, softmax(z) − onehot(target); 0 where ignored."""
-    kept = targets != ignore_index
-    index = targets.where(kept, 0)[:, None]
-    p = F.log_softmax(z, dim=-1)
-    loss = -p.gather(1, index)[:, 0] * kept
-    if dtype is None:
-        return loss, None
-    return loss, p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=p.dtype)).mul_(kept[:, None]).to(dtype)
-
-
-def _loss_on_kernel(z, targets, ignore_index, dtype):
-    loss, V = torch.empty(len(z), device=z.device), z.shape[1]
-    dz = z if dtype in (None, z.dtype) else torch.empty_like(z, dtype=dtype)
-    BLOCK_V = min(triton.next_power_of_2(V), 8192)
-    _linear_cross_entropy_fwd[(len(z),)](z, targets, loss, dz, V, ignore_index, GRAD=dtype is not None, BLOCK_V=BLOCK_V,
-                                         num_warps=_warps(BLOCK_V))
-    return loss, dz
 
 
 def linear_cross_entropy(x, w, targets, ignore_index=-100):
@@ -1453,8 +1453,8 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
     print(f"{name}, {str(dtype)[6:]}: a copy moves {copy:,.0f} GB/s, "
           f"a matrix product does {product:,.0f} GFLOP/s\n"
           f"B {B}, T {T}, H {H}, G {G}, D {D}, C {C}, MLP {width}; loss: N {N}, C {channels}, V {V}\n\n"
-          f"{'forward and backward':20}{'off definition':>16}{'time':>14}{'plain torch':>15}{'rate':>14}{'memory':>13}"
-          f"{'plain torch':>13}")
+          "forward and backward; off: from its definition, relative; torch: written plainly\n"
+          f"{'':20}{'off':>7}{'ms':>11}{'torch':>11}{'rate':>13}{'MB':>8}{'torch':>9}")
     for name, op, definition, plain, tensors, work in table:
         error = "–"
         if sum(t.numel() for t in tensors) < 2 ** 22:                        # a large definition takes minutes
@@ -1470,8 +1470,8 @@ def compare_ops(device, dtype, B, T, H, G, D, C, width, loss, tries):
         t, t_plain = (_milliseconds(lambda: both(f), device, tries) for f in (op, plain))
         memory, memory_plain = (_peak_megabytes(lambda: both(f), device) for f in (op, plain))
         unit = "GFLOP/s" if name in ("attention", "linear_cross_entropy") else "GB/s"
-        print(f"{name:20}{error:>16}{t:>11,.2f} ms{t_plain:>12,.2f} ms{f'{work / 1e6 / t:,.0f} {unit}':>14}"
-              f"{memory:>10,.1f} MB{memory_plain:>10,.1f} MB", flush=True)
+        print(f"{name:20}{error:>7}{t:>11,.2f}{t_plain:>11,.2f}{f'{work / 1e6 / t:,.0f} {unit}':>13}"
+              f"{memory:>8,.1f}{memory_plain:>9,.1f}", flush=True)
 
 
 def leave(main):
@@ -1511,11 +1511,11 @@ def main(argv=None):
         compare_ops(device, torch.bfloat16 if device == "cuda" else torch.float32,
                     B=4, T=1024, H=32, G=8, D=128, C=4096, width=11008, loss=(4096, 512, 65536), tries=3)
         return 0
-    print("A Transformer in NumPy, its gradients derived by hand, learns to write digits backwards:", flush=True)
+    print("A Transformer in NumPy, its gradients by hand, learns to write digits backwards:", flush=True)
     begin, shown = time.perf_counter(), sys.stdout.isatty()
     model, right = train_2017(say=lambda text: shown and print(f"\r{text}   ", end="", flush=True))
     print("\r" * shown + f"{right:.1%} of 1,000 fresh rows right after {time.perf_counter() - begin:.1f} s. "
-          "Where it looks as it writes (cross-attention, last layer):\n")
+          "Where it looks as it writes\n(cross-attention, last layer):\n")
     print("\n".join(attention_map(model, np.array([[9, 3, 5, 2, 7, 11, 4, 0]]), 7)), "\n", flush=True)
 
     compare_ops(device, torch.float32, B=4, T=256, H=8, G=4, D=32, C=256, width=704, loss=(1024, 256, 4096), tries=3)
@@ -1528,7 +1528,7 @@ def main(argv=None):
         cuts = [(0, T - 50), *((i, i + 1) for i in range(T - 50, T))]
         parts = [block(x[:, i:j], positions[i:j], state) for i, j in cuts]
         error = (torch.cat(parts, 1) - whole).abs().max()
-    print(f"\na block over {T} tokens at once, or {T - 50} and then one by one from its cache: {error:.0e} apart")
+    print(f"\na block over {T} tokens at once, or {T - 50} and then one by one from its cache:\n{error:.0e} apart")
     return 0
 
 

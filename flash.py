@@ -150,9 +150,10 @@ def _forward_numpy(q, k, v, causal, window, softcap, sinks, alibi, scale, BLOCK_
         at = np.arange(i0, min(i0 + BLOCK_M, T))[:, None] + S - T
         slope = None if alibi is None else alibi[h] * LOG2E
         q_i = q[b, h, i]                                                     # [M, D]: read once, kept
-        m_i = np.full(len(q_i), -np.inf if sinks is None else sinks[h] * LOG2E)                      # a sink is a key
-        l_i = np.full(len(q_i), 0.0 if sinks is None else 1.0)               # seen first: it has a score,
-        acc = np.zeros(q_i.shape)                                            # and no value
+        # A sink is a key seen first: it has a score, and no value.
+        m_i = np.full(len(q_i), -np.inf if sinks is None else sinks[h] * LOG2E)
+        l_i = np.full(len(q_i), 0.0 if sinks is None else 1.0)
+        acc = np.zeros(q_i.shape)
         lo, _, _, hi = key_tiles(i0, T, S, window, causal, BLOCK_M, BLOCK_N)
         for j0 in range(lo, hi, BLOCK_N):
             k_j, v_j = k[b, g, j0:j0 + BLOCK_N], v[b, g, j0:j0 + BLOCK_N]    # [N, D]
@@ -497,10 +498,11 @@ def _flash_bwd_dkdv(dO, Q, K, V, Lse, Delta, dK, dV, Slopes, CuQ, CuK, Owner, dO
             if Slopes is not None:
                 slope = tl.load(Slopes + h)
             Q_h, dO_h = _head(Q, Q_at, row, h, q_start), _head(dO, dO_at, row, h, q_start)
-            for i0 in range(edges[part], edges[part + 1], BLOCK_M):          # no division in here: with one, Triton 3.6
+            # No division in this loop: with one, Triton 3.6 made wrong dk of tiles of 64 keys.
+            for i0 in range(edges[part], edges[part + 1], BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
-                q = _load(Q_h, Q_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)                      # made wrong dk of
-                do = _load(dO_h, dO_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)                   # tiles of 64 keys
+                q = _load(Q_h, Q_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)
+                do = _load(dO_h, dO_at, row, h, i0, BLOCK_M, d, T_b, D, part != 1)
                 lse = tl.load(Lse + of_row + i, mask=i < T_b, other=float("inf"))                    # past T: p is 0
                 delta = tl.load(Delta + of_row + i, mask=i < T_b, other=0.)
                 lse = tl.where(lse > -float("inf"), lse, 0.)[None, :]
@@ -693,6 +695,13 @@ def _forward_on_kernel(q, k, v, sinks, alibi, cu_q, cu_k, causal, window, softca
     return o, lse
 
 
+def _dsinks(sinks, lse, delta):
+    """A sink's dp is 0, so its ds is −p δ. → [H], or nothing where there are no sinks."""
+    if sinks is None:
+        return lse.new_zeros(0)
+    return -(torch.exp2(sinks.to(lse.dtype)[:, None] * LOG2E - lse) * delta).sum((0, 2)).to(sinks.dtype)
+
+
 def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, window, softcap, scale):
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     do = do if do.stride(-1) == 1 else do.contiguous()                       # that of a sum: one number, expanded
@@ -714,13 +723,6 @@ def _backward_on_kernel(do, q, k, v, o, lse, sinks, alibi, cu_q, cu_k, causal, w
         *read, lse, delta, dk, dv, slopes, cu_q, cu_k, owner, *read_at, dk.stride(), dv.stride(), T, S, tiles, G,
         scale, unit, cap, window, **shape, **size_k)
     return dq, dk, dv, _dsinks(sinks, lse, delta)
-
-
-def _dsinks(sinks, lse, delta):
-    """A sink's dp is 0, so its ds is −p δ. → [H], or nothing where there are no sinks."""
-    if sinks is None:
-        return lse.new_zeros(0)
-    return -(torch.exp2(sinks.to(lse.dtype)[:, None] * LOG2E - lse) * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _blocks_in_torch(q, k, alibi, causal, window, softcap, scale):
@@ -927,6 +929,61 @@ def flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, win
     return torch.cat([q[:0], *o, torch.zeros_like(parts[0][-1])])
 
 
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _decode_in_torch(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale):
+    page, o = k_pages.shape[1], torch.empty_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        def gather(pages, scales):                                           # → [1, G, length, D]
+            where = block_table[b, :-(-length // page)].long()
+            x = pages[where] if scales is None else pages[where].to(q.dtype) * scales[where].to(q.dtype)[..., None]
+            return x.flatten(0, 1)[:length].transpose(0, 1)[None]
+        o[b] = flash_attention(q[b].transpose(0, 1)[None], gather(k_pages, k_scale), gather(v_pages, v_scale), True,
+                               window, softcap, sinks, alibi, scale)[0].transpose(0, 1)
+    return o
+
+
+def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi,
+                      scale):
+    (B, T, H, D), (_, page, G, _), n = q.shape, k_pages.shape, block_table.shape[1]
+    sinks, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
+    if triton.knobs.runtime.interpret:
+        BLOCK_M, BLOCK_N, full = 16, 16, 4 * B * G
+    else:
+        BLOCK_M = min(64, max(16, triton.next_power_of_2(T * H // G)))
+        BLOCK_N, full = 64 if D <= 128 and _chip() != "hip" else 32, 4 * _multiprocessors(q.device)
+        if k_scale is not None and D <= 128 and _chip() == "cuda 90":        # int8: half the bytes, twice the keys
+            BLOCK_N, full = 128, full // 2
+    tiles = triton.cdiv(T * H // G, BLOCK_M)
+    splits = max(1, min(full // (B * G * tiles), triton.cdiv(n * page, 4 * BLOCK_N), 128))           # enough to fill it
+    parts, lse = torch.empty(splits, B, T, H, D, device=q.device), torch.empty(splits, B, T, H, device=q.device)
+    o, BLOCK_D, none = torch.empty_like(q), max(16, triton.next_power_of_2(D)), (0, 0, 0)
+    _flash_decode[(splits * tiles * G * B,)](
+        q, k_pages, v_pages, k_scale, v_scale, block_table, lengths, parts, lse, slopes, q.stride(), k_pages.stride(),
+        v_pages.stride(), none if k_scale is None else k_scale.stride(), none if v_scale is None else v_scale.stride(),
+        block_table.stride(), lengths.stride(), B, T, G, splits, tiles, unit, cap, window, GROUP=H // G, PAGE=page, D=D,
+        BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2)
+    _flash_merge[(B * T * H,)](parts, lse, sinks, o, o.stride(), B, T, H, splits, D=D, BLOCK_D=BLOCK_D,
+                               SPLITS=triton.next_power_of_2(splits), num_warps=1 if splits < 16 else 4)
+    return o
+
+
+@torch.library.custom_op("twin::flash_decode", mutates_args=())              # the compiler takes it whole
+def _flash_decode_op(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+                     lengths: torch.Tensor, k_scale: Optional[torch.Tensor], v_scale: Optional[torch.Tensor],
+                     window: Optional[int], softcap: Optional[float], sinks: Optional[torch.Tensor],
+                     alibi: Optional[torch.Tensor], scale: float) -> torch.Tensor:
+    decode = _decode_on_kernel if on_kernel(q) and k_pages.numel() else _decode_in_torch
+    return decode(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale)
+
+
+@_flash_decode_op.register_fake
+def _(q, *rest):
+    return torch.empty_like(q)
+
+
 def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scale=None, window=None, softcap=None,
                  sinks=None, alibi=None, scale=None):
     """The last queries of B sequences against their cached keys: q [B, H, D], or [B, T, H, D], the last T positions of
@@ -976,61 +1033,6 @@ def flash_decode(q, k_pages, v_pages, block_table, lengths, k_scale=None, v_scal
     return o[:, 0] if one else o
 
 
-@torch.library.custom_op("twin::flash_decode", mutates_args=())              # the compiler takes it whole
-def _flash_decode_op(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
-                     lengths: torch.Tensor, k_scale: Optional[torch.Tensor], v_scale: Optional[torch.Tensor],
-                     window: Optional[int], softcap: Optional[float], sinks: Optional[torch.Tensor],
-                     alibi: Optional[torch.Tensor], scale: float) -> torch.Tensor:
-    decode = _decode_on_kernel if on_kernel(q) and k_pages.numel() else _decode_in_torch
-    return decode(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale)
-
-
-@_flash_decode_op.register_fake
-def _(q, *rest):
-    return torch.empty_like(q)
-
-
-def _decode_in_torch(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi, scale):
-    page, o = k_pages.shape[1], torch.empty_like(q)
-    for b, length in enumerate(lengths.tolist()):
-        def gather(pages, scales):                                           # → [1, G, length, D]
-            where = block_table[b, :-(-length // page)].long()
-            x = pages[where] if scales is None else pages[where].to(q.dtype) * scales[where].to(q.dtype)[..., None]
-            return x.flatten(0, 1)[:length].transpose(0, 1)[None]
-        o[b] = flash_attention(q[b].transpose(0, 1)[None], gather(k_pages, k_scale), gather(v_pages, v_scale), True,
-                               window, softcap, sinks, alibi, scale)[0].transpose(0, 1)
-    return o
-
-
-def _decode_on_kernel(q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, window, softcap, sinks, alibi,
-                      scale):
-    (B, T, H, D), (_, page, G, _), n = q.shape, k_pages.shape, block_table.shape[1]
-    sinks, slopes, unit, cap = _in_units(sinks, alibi, scale, softcap)
-    if triton.knobs.runtime.interpret:
-        BLOCK_M, BLOCK_N, full = 16, 16, 4 * B * G
-    else:
-        BLOCK_M = min(64, max(16, triton.next_power_of_2(T * H // G)))
-        BLOCK_N, full = 64 if D <= 128 and _chip() != "hip" else 32, 4 * _multiprocessors(q.device)
-        if k_scale is not None and D <= 128 and _chip() == "cuda 90":        # int8: half the bytes, twice the keys
-            BLOCK_N, full = 128, full // 2
-    tiles = triton.cdiv(T * H // G, BLOCK_M)
-    splits = max(1, min(full // (B * G * tiles), triton.cdiv(n * page, 4 * BLOCK_N), 128))           # enough to fill it
-    parts, lse = torch.empty(splits, B, T, H, D, device=q.device), torch.empty(splits, B, T, H, device=q.device)
-    o, BLOCK_D, none = torch.empty_like(q), max(16, triton.next_power_of_2(D)), (0, 0, 0)
-    _flash_decode[(splits * tiles * G * B,)](
-        q, k_pages, v_pages, k_scale, v_scale, block_table, lengths, parts, lse, slopes, q.stride(), k_pages.stride(),
-        v_pages.stride(), none if k_scale is None else k_scale.stride(), none if v_scale is None else v_scale.stride(),
-        block_table.stride(), lengths.stride(), B, T, G, splits, tiles, unit, cap, window, GROUP=H // G, PAGE=page, D=D,
-        BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2)
-    _flash_merge[(B * T * H,)](parts, lse, sinks, o, o.stride(), B, T, H, splits, D=D, BLOCK_D=BLOCK_D,
-                               SPLITS=triton.next_power_of_2(splits), num_warps=1 if splits < 16 else 4)
-    return o
-
-
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
-
-
 # --- 5. The claims, proved on the reader's machine --------------------------------------------------------------------
 
 def picture(T, S, causal=True, window=None, BLOCK_M=1, BLOCK_N=1):
@@ -1063,10 +1065,11 @@ def show_growth(device, longest):
     """Print time and peak memory of a forward and backward pass from T = 512 on: naive, ours, ours with options."""
     H, D = 1, 64
     forms = [("naive", naive_attention), ("flash", flash_attention),
-             ("window 512, softcap", lambda q, k, v: flash_attention(q, k, v, window=512, softcap=20.0))]
-    print(f"\nForward and backward, {H} head of {D}, float32, on {device}; moved: forward, in float16, by tiles\n\n"
-          f"{'':6}{'moved in slow memory':>24}" + "".join(f"{name:>27}" for name, _ in forms)
-          + f"\n{'T':>6}{'naive':>14}{'tiled':>10}" + f"{'time':>14}{'peak':>13}" * 3)
+             ("window, softcap", lambda q, k, v: flash_attention(q, k, v, window=512, softcap=20.0))]
+    print(f"\nForward and backward, {H} head of {D}, float32, on {device}: time and peak memory, the\n"
+          "window 512. Moved in slow memory: forward, in float16, by tiles of 128\n\n"
+          f"{'':6}{'moved, MB':>18}" + "".join(f"{name:>18}" for name, _ in forms)
+          + f"\n{'T':>6}{'naive':>10}{'tiled':>8}" + f"{'ms':>10}{'MB':>8}" * 3)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def both(form, T):
@@ -1084,14 +1087,14 @@ def show_growth(device, longest):
         both(form, 256)                                                      # the first one warms up
     T = 512
     while T <= longest:
-        line = f"{T:6,}" + "".join(f"{moved / 1e6:>{width},.1f} MB" for moved, width in zip(
-            bytes_moved(1, H, H, T, T, D), (11, 7)))
+        line = f"{T:6,}" + "".join(f"{moved / 1e6:>{width},.1f}" for moved, width in zip(
+            bytes_moved(1, H, H, T, T, D), (10, 8)))
         for _, form in forms:
-            if form is naive_attention and T > 4096:                         # what it takes is clear by then: a matrix
-                line += f"{'–':>14}{f'> {8 * H * T * T / 2 ** 20:,.0f} MB':>13}"                      # of scores, and
-            else:                                                            # one of their gradients
+            if form is naive_attention and T > 4096:                         # the scores and their gradients alone:
+                line += f"{'–':>10}{f'> {8 * H * T * T / 2 ** 20:,.0f}':>8}"
+            else:
                 megabytes, milliseconds = both(form, T)
-                line += f"{milliseconds:>11,.1f} ms{megabytes:>10,.1f} MB"
+                line += f"{milliseconds:>10,.1f}{megabytes:>8,.1f}"
         print(line, flush=True)
         T *= 2
 
@@ -1105,9 +1108,9 @@ def show_speed(longest):
     copied = torch.empty_like(source)
     product = 2 * 8192 ** 3 / 1e9 / milliseconds(lambda: a @ a)
     copy = 2 * source.nbytes / 1e6 / milliseconds(lambda: copied.copy_(source))
-    print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s, a copy "
-          f"moves {copy:,.0f} GB/s\nTFLOP/s forward and backward, 16,384 tokens of 2,048 channels; what causality "
-          f"leaves out is not counted\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}"
+    print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s,\n"
+          f"a copy moves {copy:,.0f} GB/s. TFLOP/s forward and backward, 16,384 tokens of 2,048\n"
+          f"channels; what causality leaves out is not counted\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}"
           f"{'torch cuDNN':>18}")
 
     def backend(which):
@@ -1166,8 +1169,8 @@ def main(argv=None):
     y = flash_attention(*x, **options)
     op = [y, *torch.autograd.grad(y, x, torch.tensor(do, dtype=torch.float32))]
     off = lambda a, b: max(np.abs(s - t).max() / np.abs(t).max() for s, t in zip(a, b))
-    print(f"\nTiled against the whole matrix, output and gradients, relative: NumPy in float64 {off(*twins):.0e}, "
-          f"the op in float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
+    print("\nTiled against the whole matrix, output and gradients, relative:\n"
+          f"NumPy in float64 {off(*twins):.0e}, the op in float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_growth(device, longest)
     if device == "cuda" and triton:

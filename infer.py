@@ -110,23 +110,29 @@ def quicken(model):
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     for layer in layers:
         layer.__class__ = FewRows
-    head = model.head
-    plain = head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
-    room = 4 * sum(w.numel() for w in model.parameters()) < memory_of(head.weight.device)
-    if not plain or not room or not torch.backends.mkldnn.is_available():
-        return model
-    head.pack()
-    x, packed, times = torch.ones(1, head.in_features), head.packed, {True: [], False: []}
-    for which in (True, False) * 3:
-        head.packed = packed if which else None
-        t = time.perf_counter()
-        head(x)
-        times[which].append(time.perf_counter() - t)
-    head.packed = None
-    if min(times[True]) < min(times[False]):
+    weight, pays = model.head.weight, {}
+    room = 4 * sum(w.numel() for w in model.parameters()) < memory_of(weight.device)
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if plain and room and torch.backends.mkldnn.is_available():
         for layer in layers:
-            layer.pack()
+            if (shape := layer.weight.shape) not in pays:                    # measured once for each
+                pays[shape] = packing_pays(layer)
+            if pays[shape]:
+                layer.pack()
     return model
+
+
+def packing_pays(layer):
+    """Whether one row goes through a `FewRows` sooner where it is packed; small ones end before oneDNN has begun."""
+    layer.pack()
+    x, packed, times = torch.ones(1, layer.in_features), layer.packed, {True: [], False: []}
+    for which in (True, False) * 5:
+        layer.packed = packed if which else None
+        t = time.perf_counter()
+        layer(x)
+        times[which].append(time.perf_counter() - t)
+    layer.packed = None
+    return min(times[True]) < min(times[False])
 
 
 # Fewer bits a weight. Of w [O, I], the weights of a linear layer y = x Wᵀ:
@@ -469,7 +475,7 @@ class Int8(Compressed):
         self.register_buffer("q", (w.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def ready(self):
+    def ready(self, single=False):
         if self.q.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
             zeros = torch.zeros(len(self.q), dtype=torch.int64)
             before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
@@ -478,7 +484,8 @@ class Int8(Compressed):
                 self.packed = torch.ops.quantized.linear_prepack(
                     torch._make_per_channel_quantized_tensor(self.q, self.scale, zeros, 0), None)
             torch.backends.quantized.engine = before
-            self.q = self.scale = None
+            if not single:
+                self.q = self.scale = None
             self.number = next(NUMBERS)
             PACKED[self.number] = self
         return self
@@ -494,6 +501,10 @@ class Int8(Compressed):
             return self.biased(F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype), x.dtype)
         row = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         a = (x / row).float()
+        if self.q is not None and torch.compiler.is_compiling() and x.numel() == self.in_features:
+            a = (a * 63).round().as_strided(self.q.shape[1:], (1,))
+            y = (a * self.q).sum(-1)                                         # whole numbers, summed exactly
+            return self.biased(y.view(*x.shape[:-1], -1) * (row / 63) * self.scale, x.dtype)
         y = (torch.ops.twin.int8_linear(a, self.number, self.out_features) if torch.compiler.is_compiling() else
              self.product(a))
         return self.biased(y * row, x.dtype)
@@ -521,7 +532,7 @@ class Int4(Compressed):
     def read(self):
         return self.q.numel() + 2 * self.scale_zero.numel()
 
-    def ready(self):
+    def ready(self, single=False):
         """Pack for torch's product where it takes this shape: groups of 32, 64, 128 or 256, outputs in sixteens."""
         if self.q.device.type == "cpu" and self.group in (32, 64, 128, 256):
             q = torch.stack([self.q & 15, self.q >> 4], 2).flatten(1).int()  # [O, G · group]
@@ -532,9 +543,12 @@ class Int4(Compressed):
 
     def weights(self, dtype):
         """→ w [O, I], unpacked."""
-        w = torch.stack([self.q & 15, self.q >> 4], 2).to(dtype).flatten(2)
+        O, G, half = self.q.shape
+        w = torch.empty(O, G, 2, half, dtype=dtype, device=self.q.device)
+        for i, part in enumerate((self.q & 15, self.q >> 4)):
+            w[:, :, i] = part.view(torch.int8).sub_(8)                       # while it is a byte, not yet four
         scale, zero = self.scale_zero.to(dtype)[..., None].unbind(2)
-        return w.sub_(8).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
+        return w.flatten(2).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
 
     def forward(self, x):
         x, dtype = self.scaled(x), x.dtype
@@ -558,7 +572,7 @@ class Fp8(Compressed):
         self.register_buffer("q", (w / scale[:, None]).to(torch.float8_e4m3fn))
         self.register_buffer("scale", scale)
 
-    def ready(self):
+    def ready(self, single=False):
         return self
 
     def forward(self, x):
@@ -609,8 +623,8 @@ def check_quantize(quantize, group_size, prune, sparsity, device):
         raise ValueError(f"quantize is {quantize!r}: it must be {', '.join(map(repr, QUANTIZED))} or None")
     if prune not in (None, *PRUNED):
         raise ValueError(f"prune is {prune!r}: it must be {', '.join(map(repr, PRUNED))} or None")
-    if not (isinstance(group_size, int) and group_size >= 2 and group_size % 2 == 0):
-        raise ValueError(f"group_size is {group_size!r}: it must be an even whole number from 2")
+    if not (isinstance(group_size, int) and 2 <= group_size <= 1024 and group_size % 2 == 0):
+        raise ValueError(f"group_size is {group_size!r}: it must be an even whole number from 2 to 1024")
     if sparsity != "2:4" and not (isinstance(sparsity, float) and 0 <= sparsity < 1):
         raise ValueError(f"sparsity is {sparsity!r}: it must be a share below 1, or '2:4'")
     if quantize == "fp8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
@@ -722,30 +736,29 @@ def compress(model, quantize=None, group_size=64, ids=None, prune=None, sparsity
     return told
 
 
-def ready(model):
-    """Lay all layers of fewer bits out for the device they are on."""
+def ready(model, single=False):
+    """Lay all layers of fewer bits out for the device they are on; `single`: for compiled steps of one row, too."""
     for module in model.modules():
         if isinstance(module, Compressed):
-            module.ready()
+            module.ready(single)
     return model
 
 
 def save_compressed(model, tokenizer, folder):
     """Write a compressed model, before `ready`, as a folder for `open_folder`: tensors by their place in Model."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         quantized = model.config.raw.get("quantization_config")
         tensors = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
         train.save(model, tokenizer, folder, tensors if quantized else None)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--save {folder}: cannot be written ({error.strerror or error})") from None
 
 
 def open_folder(folder, device=None, dtype=None):
     """`train.load`, and folders of `save_compressed` → (model, tokenizer)."""
     path = Path(folder) / "config.json"
     about = train.read_json(path).get("quantization_config") if path.exists() else None
-    if not about or about.get("quant_method") != "twin":
+    if not isinstance(about, dict) or about.get("quant_method") != "twin":
         return load(folder, device, dtype)
     kind, group = about.get("format"), about.get("group_size", 64)
     if kind not in ("int8", "int4", "fp8"):
@@ -754,8 +767,7 @@ def open_folder(folder, device=None, dtype=None):
     check_quantize(kind, group, None, 0.5, device)
     generation = path.with_name("generation_config.json")
     config = train.parse_config(train.read_json(path), train.read_json(generation) if generation.exists() else None)
-    dtype = dtype or ("float32" if device == "cpu" else config.raw.get("dtype") or "float32")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = train.dtype_for(dtype, config.raw, device)
     model = train.empty_model(config, dtype, device).requires_grad_(False)
     tensors = {}
     for file in sorted(set((files := train.shards(folder)).values())):
@@ -768,7 +780,12 @@ def open_folder(folder, device=None, dtype=None):
     like = model.embed.weight.new_zeros(()).expand(model.embed.weight.shape)
     model.embed = Table(torch.nn.Embedding(*like.shape, device="meta"))
     model.embed.like = like
-    own = dict(model.named_parameters())
+    own, kinds = dict(model.named_parameters()), {
+        f"{place}.{name}": b.dtype for place, module in model.named_modules() if isinstance(module, (Compressed, Table))
+        for name, b in module.named_buffers() if name in ("q", "scale", "scale_zero")}
+    for name, kind in kinds.items():
+        if name in tensors and tensors[name].dtype != kind:
+            raise UserError(f"{folder}: the tensor {name} is {tensors[name].dtype}: it must be {kind}")
     try:
         model.load_state_dict({k: t.to(dtype) if k in own else t for k, t in tensors.items()}, assign=True)
     except RuntimeError as error:
@@ -1404,7 +1421,7 @@ class Sampling:
         def need(ok, name, what):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {what}")
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e30      # for float32
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
         need(self.max_tokens is None or whole(self.max_tokens) and self.max_tokens >= 1,
              "max_tokens", "a whole number from 1")
@@ -1412,7 +1429,7 @@ class Sampling:
         need(whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number from 0 (off) up")
         need(number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "from 0 (greedy) to 1 (off)")
         need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 (off) to 1")
-        need(number(self.repetition_penalty) and self.repetition_penalty > 0,
+        need(number(self.repetition_penalty) and self.repetition_penalty >= 1e-30,
              "repetition_penalty", "a number above 0 (1: off)")
         for name in ("presence_penalty", "frequency_penalty"):
             need(number(getattr(self, name)), name, "a number (0: off)")
@@ -1422,7 +1439,7 @@ class Sampling:
             bias = {-1: 0}
         need(all(0 <= token < V and number(value) for token, value in bias.items()),
              "logit_bias", f"numbers by tokens from 0 to {V - 1}")
-        self.logit_bias = bias
+        self.logit_bias, self.top_k = bias, min(self.top_k, V)
         need(self.seed is None or whole(self.seed), "seed", "a whole number")
         need(whole(self.n) and self.n >= 1, "n", "a whole number from 1")
         for name in ("logprobs", "prompt_logprobs"):
@@ -1639,19 +1656,20 @@ def choose(logits, rows, k):
 
 
 def temperatures(rows, like):
-    return torch.tensor([r.sampling.temperature for r in rows], device=like.device)[:, None]
-
-
-def noise(rows, tokens):
-    key = lambda values: torch.tensor(values, dtype=torch.int64, device=tokens.device)
-    return gumbel(key([_signed(r.seed) for r in rows]), key([r.choice for r in rows]), key([len(r.ids) for r in rows]),
-                  tokens)
+    """[R, 1]; logits divided by less than a millionth could leave float32."""
+    return torch.tensor([max(r.sampling.temperature, 1e-6) for r in rows], device=like.device)[:, None]
 
 
 def _signed(seed):
     """Any whole number as an int64."""
     seed &= 2 ** 64 - 1
     return seed - 2 ** 64 if seed >= 2 ** 63 else seed
+
+
+def noise(rows, tokens):
+    key = lambda values: torch.tensor(values, dtype=torch.int64, device=tokens.device)
+    return gumbel(key([_signed(r.seed) for r in rows]), key([r.choice for r in rows]), key([len(r.ids) for r in rows]),
+                  tokens)
 
 
 def likeliest(logits, k):
@@ -1733,7 +1751,8 @@ def hidden_states(model, cache, segments):
         return torch.cat([hidden_states(model, cache, piece) for piece in pieces(segments, PASS)])
     rows = ((r.ids[start:stop] + r.drafts)[:stop - start] for r, start, stop in segments)
     tokens = torch.tensor([[token for row in rows for token in row]], device=device)
-    positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
+    with torch.inference_mode(False):                                        # has a version: layers share what they make
+        positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
     return model.hidden(tokens, positions, cache.states(segments))[0]
 
 
@@ -1774,6 +1793,8 @@ class Constraints:
                 schema = schema if isinstance(schema, dict) else {"allOf": [schema]}                 # true, false
                 grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=self.JSON)
             _, problems = matcher.validate_grammar_with_warnings(grammar, self.tokens)
+        except RecursionError:
+            problems = ["it is nested too deeply"]
         except ValueError as error:
             problems = [str(error)]
         if problems:
@@ -1851,10 +1872,12 @@ class Draft:
 
 
 class Drafter:
-    """Drafts from a smaller model, or the first layers of the target itself, with a cache of its own."""
+    """Drafts from a smaller model, or the first layers of the target itself, with a cache of its own. vocab: the
+    target's; with the same tokens, tables may be padded differently.
+    """
 
-    def __init__(self, model, budget):
-        self.model, self.budget, self.texts = model, budget, {}
+    def __init__(self, model, budget, vocab=None):
+        self.model, self.budget, self.vocab, self.texts = model, budget, vocab or model.config.vocab, {}
         self.cache = (Slabs if set(model.config.layers) == {"a"} else Mixed)(model, Blocks(0, 1, False), int8=False)
 
     def propose(self, requests, k):
@@ -1873,7 +1896,7 @@ class Drafter:
             if not i and self.cache.recurrent:                               # a state can't be cut: kept before guesses
                 for d in drafts:
                     d.before = self.cache.memory(d)
-            for d, token in zip(drafts, sample(self.model.head(hidden[ends]).float(), drafts)):
+            for d, token in zip(drafts, sample(self.model.head(hidden[ends])[:, :self.vocab].float(), drafts)):
                 d.computed = len(d.ids)
                 d.ids.append(token)
             segments = [(d, d.computed, d.computed + 1) for d in drafts]
@@ -1881,6 +1904,8 @@ class Drafter:
 
     def follow(self, d, ids):
         """Take over the request's tokens; go back to where those computed are its own."""
+        most = self.model.config.vocab - 1                                   # its own table may be the shorter one
+        ids = [min(i, most) for i in ids] if self.vocab > most + 1 else list(ids)
         same = d.known
         while same < min(len(d.ids), len(ids)) and d.ids[same] == ids[same]:
             same += 1
@@ -1889,7 +1914,7 @@ class Drafter:
             self.cache.restore(d, d.before if same else None)
         d.computed = min(d.computed, same, len(ids) - 1)
         self.cache.cut(d, d.computed)
-        d.ids, d.known = list(ids), len(ids)
+        d.ids, d.known = ids, len(ids)
 
     def forget(self, r):
         if r in self.texts:
@@ -1948,7 +1973,10 @@ class Request:
         if self.tally:
             self.tally.add(token)
         matched = self.matcher and self.matcher.consume_token(token) and self.matcher.is_stopped()
-        if token in eos_ids and (self.matcher or not self.sampling.ignore_eos):
+        if self.matcher and self.matcher.is_error():                         # of the library's own limits
+            why = self.matcher.get_error().splitlines()[0]
+            self.finish_reason, self.error = "error", f"the constraint can't be followed further: {why}"
+        elif token in eos_ids and (self.matcher or not self.sampling.ignore_eos):
             self.finish_reason = "stop"
         elif self.out.push(token) or matched:
             self.finish_reason = "stop"
@@ -2175,6 +2203,8 @@ class LLM:
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: it must be 'int8' or None")
         self.folder = Path(folder)
+        if save and Path(save).resolve() == self.folder.resolve():
+            raise UserError(f"--save {save}: the model itself lies there, and would be lost; give another folder")
         self.processes = train.Processes()                                   # torchrun's: each does its part of all
         self.model, self.tokenizer = open_folder(folder, device, dtype)
         self.quantize = (self.model.config.raw.get("quantization_config") or {}).get("method")
@@ -2186,6 +2216,8 @@ class LLM:
                 raise UserError("several processes take int8 and int4; pruning, gptq, awq and saving want one")
             divide(self.model, self.processes)
         self.told = None
+        if save:
+            train.writable(save, "--save")
         if quantize or prune:
             ids = calibration() if callable(calibration) else calibration
             if ids is None and (prune == "wanda" or quantize in ("gptq", "awq")):
@@ -2199,7 +2231,7 @@ class LLM:
         plain = sum(w.numel() for w in self.model.parameters()) - (0 if c.tied or layers else weight.numel())
         self.weights = plain + sum(layer.in_features * layer.out_features for layer in layers)
         self.weight_bytes = plain * weight.element_size() + sum(layer.read() for layer in layers)
-        ready(self.model) if self.quantize else quicken(self.model)
+        ready(self.model, compile and max_num_seqs == 1) if self.quantize else quicken(self.model)
         self.context, self.eos_ids, int8 = c.context, set(self.tokenizer.eos_ids), kv_cache_dtype == "int8"
         self.endless = not set(c.layers) & {*"aA"}                           # states alone: texts of any length
         self.room = math.inf if self.endless else c.context
@@ -2227,7 +2259,7 @@ class LLM:
         self.graphs = {} if compile and hasattr(self.cache, "graph") else None  # shape → decode step
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
         self.scheduler = Scheduler(self.blocks, self.cache, max_num_seqs, max_num_batched_tokens)
-        self.drafter = draft and self.make_drafter(draft, max_num_batched_tokens)
+        self.drafter = None if draft is None else self.make_drafter(draft, max_num_batched_tokens)
         self.num_draft_tokens = num_draft_tokens
         self.draft_tokens, self.accepted_tokens, self.constraints = 0, 0, None
         self.costs = {}                                                      # (rows, drafts or not) → seconds of a step
@@ -2244,7 +2276,7 @@ class LLM:
             raise UserError(f"draft {draft}: {error}") from None
         if tokenizer.library.get_vocab() != self.tokenizer.library.get_vocab():
             raise ValueError(f"draft {draft}: its tokens are not those of {self.folder}")
-        return Drafter(quicken(model), budget)
+        return Drafter(quicken(model), budget, self.model.config.vocab)
 
     def requests(self, prompt, sampling, index=0):
         """A prompt (text or token ids) and its settings, checked → n requests. ValueError names what does not fit."""
@@ -2287,6 +2319,7 @@ class LLM:
             self.scheduler.add(r)
         return requests
 
+    @torch.inference_mode()
     def abort(self, request):
         """End a request now; its blocks are free at once."""
         if request.finish_reason is None:
@@ -2295,7 +2328,7 @@ class LLM:
             if self.drafter:
                 self.drafter.forget(request)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self):
         """One pass over the weights → the requests that got a token or ended with it."""
         began = time.perf_counter()
@@ -2415,6 +2448,8 @@ class LLM:
             self.cache.close(r)
             self.blocks.release(r.table)
 
+    @torch.inference_mode(False)                                             # as `hidden_states` says
+    @torch.no_grad()
     def compiled(self, segments, shape):
         """A decode step as a graph of fixed shape, made when that shape first comes up."""
         order, tokens, positions, places = self.cache.inputs(segments, shape)
@@ -2554,15 +2589,17 @@ def bound(llm, machine, batch, context):
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
     folder = Path(folder)
-    path = folder / "tokenizer_config.json"
+    path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     about = train.read_json(path) if path.exists() else {}
-    template = about.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    name = lambda t: t["content"] if isinstance(t, dict) else t
-    return template and (template, {k: name(about[k]) for k in ("bos_token", "eos_token") if about.get(k)})
+    named = about.get("chat_template")
+    every = named if isinstance(named, list) else [dict(name="default", template=named)]
+    found = {t.get("name"): t.get("template") for t in every if isinstance(t, dict)}
+    template = train.read_text(own) if own.exists() else found.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path}: chat_template is {short(template)}: it must be text")
+    name = lambda t: t.get("content") if isinstance(t, dict) else t
+    tokens = {k: name(about.get(k)) for k in ("bos_token", "eos_token")}
+    return template and (template, {k: token for k, token in tokens.items() if isinstance(token, str)})
 
 
 BREAK = "\ufdd0"                                                             # a noncharacter, put into forged markers
@@ -2590,13 +2627,15 @@ def chat_ids(tokenizer, template, messages):
     """
     source, variables = template
     markers = sorted(tokenizer.special, key=len, reverse=True)
+    tails, heads = (tuple(part for m in markers for k in range(1, len(m)) for part in [cut(m, k)])
+                    for cut in (lambda m, k: m[k:], lambda m, k: m[:k]))
 
     def disarm(text):
         text = train.mend(text).replace(BREAK, "\ufffd")
         for marker in markers:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
         body = text.strip()                                                  # templates trim: breaks go inside of that
-        if body and any(body.startswith(m[k:]) or body.endswith(m[:k]) for m in markers for k in range(1, len(m))):
+        if body and (body.startswith(tails) or body.endswith(heads)):
             text = text.replace(body, BREAK + body + BREAK)
         return text
     messages = [dict(m, content=disarm(m["content"])) for m in messages]
@@ -2729,6 +2768,7 @@ def compare(args):
     with contextlib.suppress(UserError):
         check_quantize("fp8", args.group_size, None, 0.5, device)
         ways.append("fp8")
+    train.writable(".", "compare.png in")
     corpus, rows = corpus_of(args), []
     text = corpus.val_text[:SCORED].decode("utf-8", errors="ignore")
     machine = measure(device, 0.3)
@@ -2743,13 +2783,14 @@ def compare(args):
     if args.json:
         show(json.dumps(dict(rows=rows, recommended=best["way"])), end="\n")
     else:
-        show(f"{'':8} bits/byte    lost  disk MB  memory MB  tok/s at 1  of bound  tok/s at 8  of bound  prefill\n")
+        show("MB on disk and in memory; tokens/s at 1 and at 8 sequences, of the memory bound\n\n"
+             f"{'':8} bits/byte    lost    disk  memory    at 1 bound    at 8 bound  prefill\n")
         for r in rows:
-            show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:8.1f} "
-                 f"{r['memory'] / 1e6:10.1f} {r['decode_1']:11,.0f} {r['share_1']:9.0%} {r['decode_8']:11,.0f} "
-                 f"{r['share_8']:9.0%} {r['prefill']:8,.0f}\n")
-        show(f"take --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
-             f"{base['disk'] / best['disk']:.1f} times smaller, "
+            show(f"{r['way']:8} {r['bits_per_byte']:9.4f} {lost[r['way']]:+7.2%} {r['disk'] / 1e6:7.1f} "
+                 f"{r['memory'] / 1e6:7.1f} {r['decode_1']:7,.0f} {r['share_1']:5.0%} {r['decode_8']:7,.0f} "
+                 f"{r['share_8']:5.0%} {r['prefill']:8,.0f}\n")
+        show(f"\ntake --quantize {best['way']}: {lost[best['way']]:+.2%} bits per byte, "
+             f"{base['disk'] / best['disk']:.1f} times smaller,\n"
              f"{best['decode_1'] / base['decode_1']:.1f} times as fast at batch 1", end="\n")
     plot_compared(rows, Path("compare.png"))
 
@@ -2907,8 +2948,8 @@ def parse_body(data, kind=b"application/json"):
     def once_each(pairs):
         body = dict(pairs)
         if len(body) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = train.mend(next(name for name in names if names.count(name) > 1))[:100]
+            times = Counter(name for name, _ in pairs)
+            twice = train.mend(next(name for name in times if times[name] > 1))[:100]
             raise Refused(400, f"the field {twice!r} is there twice", param=twice)
         return body
 
@@ -3271,6 +3312,9 @@ class Service:
         messages = fields.take("messages", list)
         if not messages:
             raise Refused(400, "messages must be a list of at least one message", param="messages")
+        if len(messages) > self.room:
+            raise Refused(400, f"messages are {len(messages)}: they exceed the context of {self.room}",
+                          param="messages", code="context_length_exceeded")
         if not self.template:
             raise Refused(400, f"the model {self.name!r} has no chat template: use /v1/completions", param="messages")
         messages = [self.message(m, f"messages[{i}]", fields) for i, m in enumerate(messages)]
@@ -3369,7 +3413,7 @@ class Service:
         s = self.llm.scheduler
         ended = list(s.running or s.waiting)
         for r in ended:
-            s.leave(r)
+            self.llm.abort(r)
             r.finish_reason, r.error = "error", f"the engine failed at this text ({type(error).__name__})"
         self.deliver(ended)
 
@@ -3723,8 +3767,6 @@ def serve(llm, host, port, key=None, max_queue=256, timeout=600.0):
 
 # --- 11. The command line ---------------------------------------------------------------------------------------------
 
-
-
 def arguments():
     """The command line, as a parser."""
     p = Parser(prog="infer.py", description="Generate text with a model folder of train.py or of Hugging Face.")
@@ -3742,7 +3784,7 @@ def arguments():
                    help="above 1, tokens that are there already get rarer")
     p.add_argument("--presence-penalty", type=float, default=0.0, help="taken from tokens that the text already has")
     p.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, as often as the text has them")
-    p.add_argument("--logit-bias", type=json.loads, metavar="JSON", help='added to logits: \'{"token id": number}\'')
+    p.add_argument("--logit-bias", type=tokens_json, metavar="JSON", help='added to logits: \'{"token id": number}\'')
     p.add_argument("--seed", type=int, help="the same text again (a new one each time)")
     p.add_argument("--stop", action="append", help="end before this text; may be given several times")
     p.add_argument("--n", type=int, default=1, help="that many continuations")
@@ -3798,6 +3840,17 @@ def arguments():
     return p
 
 
+def tokens_json(text):
+    """--logit-bias, for the parser."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{short(text)}: it must be numbers by token ids, as in {{"42": -100}}')
+    return value
+
+
 def sparsity(text):
     """--sparsity, for the parser."""
     value = text if text == "2:4" else float(text)
@@ -3815,17 +3868,19 @@ def show(text, end=""):
 def complete(llm, machine, prompt, sampling, as_json):
     """Generate for one prompt, streaming, then say how fast it was."""
     requests = llm.requests(prompt, sampling)
-    t, first, last = time.perf_counter(), None, None
+    t, first, last, early = time.perf_counter(), None, None, 0
     for _ in llm.run(requests):
         last = time.perf_counter()
-        first = first or (last if all(r.tokens for r in requests) else None)
+        if first is None and all(r.tokens for r in requests):
+            first, early = last, sum(len(r.tokens) for r in requests)
         if len(requests) == 1 and not as_json:
             show(requests[0].news())
     if failed := next((r.error for r in requests if r.error), None):
         raise UserError(failed)
     generated, prompt_tokens = sum(len(r.tokens) for r in requests), len(requests[0].prompt)
     steps = max(len(r.tokens) for r in requests) - 1
-    speed = dict(prefill=prompt_tokens / (first - t), decode=len(requests) * steps / (last - first) if steps else 0.0)
+    decode = (generated - early) / (last - first) if last > first else 0.0
+    speed = dict(prefill=prompt_tokens / (first - t), decode=decode)
     if as_json:
         for r in requests:
             told = {name: getattr(r, name) for name in ("logprobs", "prompt_logprobs") if getattr(r, name) is not None}
@@ -3843,7 +3898,7 @@ def complete(llm, machine, prompt, sampling, as_json):
         show("", end="\n")
         tell(llm, requests[0])
     line = f"prompt {prompt_tokens} tokens at {speed['prefill']:,.0f}/s"
-    if steps:
+    if decode:
         limit = bound(llm, machine(), len(requests), prompt_tokens + steps / 2)
         line += (f" · generated {generated} at {speed['decode']:,.0f}/s, "
                  f"{speed['decode'] / limit:.0%} of what the memory allows")
@@ -3859,6 +3914,15 @@ def tell(llm, r):
         for token, likely in zip(tokens, logprobs or []):
             print(f"{llm.tokenizer.decode([token])!r:20}", *(f"{llm.tokenizer.decode([i])!r} {p:.3f}"
                                                              for i, p in (likely or {}).items()), file=sys.stderr)
+
+
+def read_prompt():
+    """All of standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on standard input is not {error.encoding} at byte {error.start}; convert it "
+                        "(iconv -t utf-8)") from None
 
 
 def prompt_loop(llm, machine, sampling):
@@ -3883,6 +3947,9 @@ def prompt_loop(llm, machine, sampling):
         except ValueError as error:
             print(error, file=sys.stderr)
             messages.clear()                                                 # a chat beyond the context begins anew
+        except KeyboardInterrupt:                                            # of a text that grows too long
+            print("\n(stopped; Ctrl-C at the prompt ends)", file=sys.stderr)
+            del messages[-1:]
 
 
 def once(make):
@@ -3895,7 +3962,7 @@ def main(argv=None):
     """Generate, score or time by command-line flags → exit code. Of several processes the first one speaks for all."""
     quiet = contextlib.ExitStack()
     try:
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0").lstrip("0").isdigit():
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
@@ -3904,6 +3971,8 @@ def main(argv=None):
         doors = bool(args.score), args.bench, args.bench_serving, args.serve, args.compare, args.prompt is not None
         if sum(doors) > 1:
             raise UserError("a prompt, --score, --bench, --bench-serving, --compare and --serve: give one of them")
+        if args.compare and (args.quantize or args.prune or args.save):
+            raise UserError("--compare tries every --quantize by itself: give no --quantize, --prune or --save with it")
         if args.save and not (args.quantize or args.prune):
             raise UserError("--save writes a compressed model: give --quantize or --prune")
         text = train.read_text(args.score) if args.score else None
@@ -3963,7 +4032,7 @@ def main(argv=None):
         else:
             prompt = args.prompt
             if prompt is None:
-                (prompt,) = llm.processes.agree(None if llm.processes.rank else sys.stdin.read())
+                (prompt,) = llm.processes.agree(None if llm.processes.rank else read_prompt())
             complete(llm, machine, prompt, sampling, args.json)
         return 0
     except (UserError, ValueError) as error:

@@ -287,26 +287,6 @@ def scatter_add_rows(x, rows, update, weight):
 
 # --- 4. The module, and the causal decision ---------------------------------------------------------------------------
 
-class RoutedState:
-    """The state of a routed block for B sequences: one of the block's own for each, as they take different tokens.
-
-    states: `KVCache`s or recurrent states of one sequence; None for attention that keeps nothing.
-    """
-
-    def __init__(self, states):
-        self.states = states
-
-    def chosen(self, keep):
-        """keep [B, T] bool → the state for the chosen tokens, which come one sequence after the other, [1, n, C]."""
-        if len(self.states) != len(keep):
-            raise ValueError(f"RoutedState: {len(self.states)} states for {len(keep)} sequences")
-        some = [(state, n) for state, n in zip(self.states, keep.sum(1).tolist()) if n]
-        if not some:
-            return None
-        attends = some[0][0] is None or isinstance(some[0][0], KVCache)
-        return (_PackedAttention if attends else _PackedStates)(*zip(*some))
-
-
 class _PackedAttention:
     def __init__(self, caches, counts):
         self.caches, self.counts = caches, counts
@@ -335,6 +315,26 @@ class _PackedStates:
     def update(self, conv, state):
         for one, *own in zip(self.states, conv.split(1), state.split(1)):
             one.update(*own)
+
+
+class RoutedState:
+    """The state of a routed block for B sequences: one of the block's own for each, as they take different tokens.
+
+    states: `KVCache`s or recurrent states of one sequence; None for attention that keeps nothing.
+    """
+
+    def __init__(self, states):
+        self.states = states
+
+    def chosen(self, keep):
+        """keep [B, T] bool → the state for the chosen tokens, which come one sequence after the other, [1, n, C]."""
+        if len(self.states) != len(keep):
+            raise ValueError(f"RoutedState: {len(self.states)} states for {len(keep)} sequences")
+        some = [(state, n) for state, n in zip(self.states, keep.sum(1).tolist()) if n]
+        if not some:
+            return None
+        attends = some[0][0] is None or isinstance(some[0][0], KVCache)
+        return (_PackedAttention if attends else _PackedStates)(*zip(*some))
 
 
 def _quantile(scores, share):
@@ -638,8 +638,8 @@ def agree():
         layer.eval()
         y, state = layer(x[:1], positions), RoutedState([KVCache(1, 1, 64, 32, torch.float64)])
         steps = torch.cat([layer(x[:1, t:t + 1], positions[t:t + 1], state) for t in range(64)], 1)
-    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart; in generation the whole text at once and "
-          f"token by token: {(steps - y).abs().max():.0e}")
+    print(f"top-k routing by the module and by NumPy: {whole:.0e} apart;\n"
+          f"in generation the whole text at once and token by token: {(steps - y).abs().max():.0e}")
 
 
 def show_all():
@@ -658,10 +658,11 @@ def show_all():
     causal = held_out_loss(model.eval(), held)
     marked, share = show_choice(model, held[2000:2400], 1)
     seconds = time.perf_counter() - began
-    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {seconds:.0f} s on Python's own library: "
-          f"{top:.3f} nats a byte routed by top-k,\n{causal:.3f} by its predictors, which say what top-k chose in "
-          f"{told['router_agreement']:.1%} of all cases (saying no each time: 87.5%),\nF1 {told['router_f1']:.2f}. "
-          f"What the first routed block takes of a text in generation ({share:.0%}):\n\n{marked}\n")
+    print("\r" * shown + f"aAaA, 96 wide, {steps} steps in {seconds:.0f} s on Python's own library:\n"
+          f"{top:.3f} nats a byte routed by top-k, {causal:.3f} by its predictors, which say\n"
+          f"what top-k chose in {told['router_agreement']:.1%} of all cases (saying no each time: 87.5%), "
+          f"F1 {told['router_f1']:.2f}.\nWhat the first routed block takes of a text in generation ({share:.0%}):\n\n"
+          f"{marked}\n")
     compare_times()
     print()
     agree()
@@ -698,7 +699,7 @@ def isoflop(minutes, out):
     notes, (text, held) = out / "isoflop.jsonl", some_text()
     done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
     flops = done[0]["training_flops"] if done else flops_each(minutes, text)
-    print(f"{len(KINDS) * len(WIDTHS)} models, {flops:.2e} FLOPs of training each; {notes} keeps what is done\n"
+    print(f"{len(KINDS) * len(WIDTHS)} models, {flops:.2e} FLOPs of training each;\n{notes} keeps what is done\n"
           f"{'blocks':8}{'capacity':>9}{'routing':>9}{'width':>7}{'steps':>7}{'FLOPs a pass':>14}{'ms a token':>12}"
           f"{'nats a byte':>13}", flush=True)
     for C in WIDTHS:

@@ -58,6 +58,19 @@ def hippo_legs(N):
     return A, root
 
 
+def _exp(M):
+    """exp of a matrix: its Taylor series at M / 2^s, squared s times."""
+    s = max(0, math.ceil(math.log2(max(np.abs(M).sum(1).max(), 1e-300))) + 3)
+    M, term = M / 2 ** s, np.eye(len(M))
+    total = term
+    for i in range(1, 16):
+        term = term @ M / i
+        total = total + term
+    for _ in range(s):
+        total = total @ total
+    return total
+
+
 def discretize(A, B, dt, method="zoh"):
     """h' = A h + B x in steps of dt → Ā, B̄. A [N, N] and B [N], or diagonal: A [..., N], B [..., N], dt [...].
 
@@ -78,19 +91,6 @@ def discretize(A, B, dt, method="zoh"):
     if method == "bilinear":
         return (1 + dt / 2 * A) / (1 - dt / 2 * A), dt * B / (1 - dt / 2 * A)
     return np.exp(dt * A), np.expm1(dt * A) / A * B
-
-
-def _exp(M):
-    """exp of a matrix: its Taylor series at M / 2^s, squared s times."""
-    s = max(0, math.ceil(math.log2(max(np.abs(M).sum(1).max(), 1e-300))) + 3)
-    M, term = M / 2 ** s, np.eye(len(M))
-    total = term
-    for i in range(1, 16):
-        term = term @ M / i
-        total = total + term
-    for _ in range(s):
-        total = total @ total
-    return total
 
 
 def s4d_init(C, N):
@@ -313,6 +313,38 @@ def _places(cu_seqlens, B, T, device):
     return torch.where(inside, cu[seq], at), torch.where(inside, cu[(seq + 1).clamp(max=len(cu) - 1)], at), seq
 
 
+def _conv_silu(line, w, bias):
+    """line [B, C, K − 1 + T] → [B, C, T], summed in float32 whatever the dtypes."""
+    wide = torch.promote_types(torch.float32, line.dtype)
+    z = F.conv1d(line.to(wide), w.to(wide)[:, None], None if bias is None else bias.to(wide), groups=len(w))
+    return F.silu(z).to(line.dtype)
+
+
+def _conv_in_torch(x, w, bias, state):
+    """x [B, T, C] → y, state after: one product of torch."""
+    K = w.shape[1]
+    before = x.new_zeros(x.shape[0], x.shape[2], K - 1) if state is None else state.to(x.dtype)
+    line = torch.cat([before, x.mT], dim=2)                                  # [B, C, K − 1 + T]
+    after = line[:, :, line.shape[2] - (K - 1):].clone()                     # not the whole text with it
+    if not x.shape[1]:
+        return x, after
+    return _conv_silu(line, w, bias).mT, after
+
+
+def _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T):
+    """dstate: of the first K − 1 tokens of each sequence alone, in torch."""
+    K1, x, dy = state.shape[2], rows.view(B, T, -1), dy.view(B, T, -1)
+    with torch.enable_grad():
+        before = state.detach().requires_grad_()
+        total = before[:0].sum()                                             # where no sequence has a token
+        for s, (b, i, j) in enumerate(_sequences(x, cu_seqlens)):
+            j = min(j, i + K1)
+            y, _ = _conv_in_torch(x[b:b + 1, i:j].detach(), w.detach(), None if bias is None else bias.detach(),
+                                  before[s:s + 1])
+            total = total + (y * dy[b:b + 1, i:j]).sum()
+        return torch.autograd.grad(total, before)[0]
+
+
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, state, cu_seqlens):
@@ -339,38 +371,6 @@ class _CausalConv1d(torch.autograd.Function):
                                                       C, rows.stride(0), K=K, BLOCK_T=32, BLOCK_C=32, num_warps=8)
         return (dx, dw.sum(0).to(w.dtype), None if bias is None else dbias.sum(0).to(bias.dtype),
                 None if state is None else _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T), None)
-
-
-def _conv_state_gradient(dy, rows, w, bias, state, cu_seqlens, B, T):
-    """dstate: of the first K − 1 tokens of each sequence alone, in torch."""
-    K1, x, dy = state.shape[2], rows.view(B, T, -1), dy.view(B, T, -1)
-    with torch.enable_grad():
-        before = state.detach().requires_grad_()
-        total = before[:0].sum()                                             # where no sequence has a token
-        for s, (b, i, j) in enumerate(_sequences(x, cu_seqlens)):
-            j = min(j, i + K1)
-            y, _ = _conv_in_torch(x[b:b + 1, i:j].detach(), w.detach(), None if bias is None else bias.detach(),
-                                  before[s:s + 1])
-            total = total + (y * dy[b:b + 1, i:j]).sum()
-        return torch.autograd.grad(total, before)[0]
-
-
-def _conv_silu(line, w, bias):
-    """line [B, C, K − 1 + T] → [B, C, T], summed in float32 whatever the dtypes."""
-    wide = torch.promote_types(torch.float32, line.dtype)
-    z = F.conv1d(line.to(wide), w.to(wide)[:, None], None if bias is None else bias.to(wide), groups=len(w))
-    return F.silu(z).to(line.dtype)
-
-
-def _conv_in_torch(x, w, bias, state):
-    """x [B, T, C] → y, state after: one product of torch."""
-    K = w.shape[1]
-    before = x.new_zeros(x.shape[0], x.shape[2], K - 1) if state is None else state.to(x.dtype)
-    line = torch.cat([before, x.mT], dim=2)                                  # [B, C, K − 1 + T]
-    after = line[:, :, line.shape[2] - (K - 1):].clone()                     # not the whole text with it
-    if not x.shape[1]:
-        return x, after
-    return _conv_silu(line, w, bias).mT, after
 
 
 def _tails(x, state, cu_seqlens, B, T, K):
@@ -849,6 +849,10 @@ LOG2E = math.log2(math.e)                                                    # e
 BLOCK = 2 ** 17                                                              # numbers a thread at a time: in its cache
 
 
+def _xp(x):
+    return np if isinstance(x, np.ndarray) else torch
+
+
 def _double(x):
     if isinstance(x, np.ndarray):
         return x.astype(np.float64)
@@ -865,7 +869,7 @@ def _each(x):
 
 
 def _stack(states):
-    return (np if isinstance(states[0], np.ndarray) else torch).stack(states, 1)
+    return _xp(states[0]).stack(states, 1)
 
 
 def _room(like, *shape):
@@ -880,7 +884,7 @@ def _states(S, m):
 
 def _times(x, y):
     """x · y, contiguous."""
-    return (np if isinstance(x, np.ndarray) else torch).multiply(x, y, out=_room(x, *x.shape))
+    return _xp(x).multiply(x, y, out=_room(x, *x.shape))
 
 
 def _differences(G, like):
@@ -915,7 +919,7 @@ def decays(g):
 
     A running sum in float64 of terms that are not below FLOOR is good to 1e-11, so here differences are exact enough.
     """
-    xp = np if isinstance(g, np.ndarray) else torch
+    xp = _xp(g)
     G = xp.cumsum(_double(g.clip(min=FLOOR)) * LOG2E, -2)
     enter, leave = (xp.exp2(_like(x, g)) for x in (G, G[..., -1:, :] - G))
     return G, enter, leave, enter[..., -1:, :]
@@ -924,9 +928,17 @@ def decays(g):
 def _of_block(decay, c):
     """`decays` of the chunks c; instead of G, within [..., l, l]: what is left at step i of step j's input."""
     G, enter, leave, across = (a[:, c] for a in decay)
-    xp, l, within = np if isinstance(G, np.ndarray) else torch, G.shape[-2], _differences(G, enter)
+    xp, l, within = _xp(G), G.shape[-2], _differences(G, enter)
     within += _like(xp.triu(xp.full((l, l), -xp.inf), 1), enter)             # masked before exp: e^large is no number
     return xp.exp2(within, out=within), enter, leave, across
+
+
+def _scan(states, across, a, b, way=1):
+    """S' = across · S + a @ b, from the first state to the last; or, way = −1, from the last to the first."""
+    _xp(a).matmul(a, b, out=states[:, 1:] if way > 0 else states[:, :-1])
+    each = _each(states)[::way]
+    for fade, before, after in zip(_each(across)[::way], each, each[1:]):
+        _add(after, fade, before)
 
 
 def chunk_states(k, v, decay, states):
@@ -943,14 +955,6 @@ def chunk_states_backward(q, dy, decay, dstates):
     _scan(dstates, across, (q * enter).swapaxes(-1, -2), dy, -1)
 
 
-def _scan(states, across, a, b, way=1):
-    """S' = across · S + a @ b, from the first state to the last; or, way = −1, from the last to the first."""
-    (np if isinstance(a, np.ndarray) else torch).matmul(a, b, out=states[:, 1:] if way > 0 else states[:, :-1])
-    each = _each(states)[::way]
-    for fade, before, after in zip(_each(across)[::way], each, each[1:]):
-        _add(after, fade, before)
-
-
 def chunk_out(q, k, v, decay, S):
     """Steps 1 and 4. q, k [..., 1, l, N], v [..., R, l, P], S [..., R, N, P] → y as v."""
     within, enter, _, _ = decay
@@ -962,13 +966,18 @@ def chunk_u_backward(products, decay, dy):
     return (products * decay[0]).swapaxes(-1, -2) @ dy
 
 
+def _over_heads(x):
+    """[..., R, l, N] → [..., 1, l, N]: the sum over the heads of a group, which share q and k."""
+    return x.sum(-3, keepdims=True)
+
+
 def chunk_out_backward(q, k, v, products, decay, S, dy, dS):
     """dy as v, dS of the chunk's last state, which is used up → dq, dk, and what `gradient_of_decays` takes."""
     within, enter, leave, across = decay
     dscores = dy @ v.swapaxes(-1, -2)                                        # [..., R, l, l]
     dscores *= within
     dproducts = _over_heads(dscores)
-    dscores *= (np if isinstance(q, np.ndarray) else torch).tril(products, -1)
+    dscores *= _xp(q).tril(products, -1)
     dq_heads, dk_heads = dy @ S.swapaxes(-1, -2), v @ dS.swapaxes(-1, -2)    # [..., R, l, N]
     dq_heads *= enter
     dk_heads *= leave
@@ -979,11 +988,6 @@ def chunk_out_backward(q, k, v, products, decay, S, dy, dS):
     dS *= S
     return dq, dk, (dscores.sum(-1) - dscores.sum(-2), dq_heads.sum(-1), dk_heads.sum(-1),
                     across[..., 0, 0] * dS.sum((-2, -1)))
-
-
-def _over_heads(x):
-    """[..., R, l, N] → [..., 1, l, N]: the sum over the heads of a group, which share q and k."""
-    return x.sum(-3, keepdims=True)
 
 
 def gradient_of_decays(within, enter, leave, across):
@@ -1002,7 +1006,7 @@ def gradient_of_decays(within, enter, leave, across):
 def _chunks(x, m, G):
     """[B, m · l, G · R, ...] → [B, m, G, R, l, ...], as it lies."""
     x = x.reshape(x.shape[0], m, x.shape[1] // m, G, -1, *x.shape[3:])
-    return (np if isinstance(x, np.ndarray) else torch).moveaxis(x, 2, 4)
+    return _xp(x).moveaxis(x, 2, 4)
 
 
 def _laid(x):
@@ -1029,7 +1033,7 @@ def _blocks(v, N):
 
 def _whole(blocks):
     """Blocks of chunks, the last block first → all chunks [B, M, ...]."""
-    return (np if isinstance(blocks[0], np.ndarray) else torch).concatenate(blocks[::-1], 1)
+    return _xp(blocks[0]).concatenate(blocks[::-1], 1)
 
 
 def _by_head(a, G):
@@ -1149,7 +1153,7 @@ def gated_delta_numpy(q, k, v, decay, beta, state=None, cu_seqlens=None):
 def unit_lower_inverse(A):
     """(I + A)⁻¹ for A [..., l, l], strictly lower: two halves, and −T₂ A₂₁ T₁ between them; log₂ l products deep. The
     series I − A + A² − …, also a few products, is no way: where keys repeat its terms grow to 10¹⁸ and cancel."""
-    xp, l = np if isinstance(A, np.ndarray) else torch, A.shape[-1]
+    xp, l = _xp(A), A.shape[-1]
     if l == 1:
         return A * 0 + 1
     h = l // 2
@@ -1165,7 +1169,7 @@ def unit_lower_inverse(A):
 def wy(k, v, beta, decay):
     """k [..., l, K], v [..., l, V], beta [..., l, 1] → A, T [..., l, l], u₀ as v, w as k."""
     within, enter, _, _ = decay
-    A = (np if isinstance(k, np.ndarray) else torch).tril(beta * within * (k @ k.swapaxes(-1, -2)), -1)
+    A = _xp(k).tril(beta * within * (k @ k.swapaxes(-1, -2)), -1)
     T = unit_lower_inverse(A)
     return A, T, T @ (beta * v), T @ (beta * enter * k)
 
@@ -1175,7 +1179,7 @@ def wy_backward(k, v, beta, decay, A, T, u, S, du):
     in `delta_states_backward`.
     """
     within, enter, _, _ = decay
-    xp = np if isinstance(k, np.ndarray) else torch
+    xp = _xp(k)
     z = T.swapaxes(-1, -2) @ du                                              # the gradient of the right side
     read = enter * (k @ S)                                                   # [..., l, V]: what stands at k
     dA = xp.tril(-(z @ u.swapaxes(-1, -2)), -1)
@@ -1648,6 +1652,12 @@ def _slots_of(cu_seqlens, B, T, L):
     return owner.to(torch.int32), slots, 0
 
 
+def _precision(x):
+    """Of the products that invert: on the matrix units of NVIDIA's chips where the inputs are half as long anyway."""
+    short = x.element_size() == 2 and not triton.knobs.runtime.interpret
+    return "tf32" if short and triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
+
+
 class _OnKernel(torch.autograd.Function):
     """q, k [B, T, G, N], v [B, T, H, P], gate [B, T, H], beta as gate or None, state [n, H, N, P] → y, state."""
 
@@ -1716,12 +1726,6 @@ def _step_tile(P, N):
     """About 4,096 numbers of the state for a program → BLOCK_P, BLOCK_N."""
     BLOCK_N = triton.next_power_of_2(N)
     return max(1, min(triton.next_power_of_2(P), 4096 // BLOCK_N)), BLOCK_N
-
-
-def _precision(x):
-    """Of the products that invert: on the matrix units of NVIDIA's chips where the inputs are half as long anyway."""
-    short = x.element_size() == 2 and not triton.knobs.runtime.interpret
-    return "tf32" if short and triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
 
 
 CHUNK, CPU_CHUNK = 64, 32                                                    # tokens: in kernels, and in torch's text
@@ -2192,7 +2196,7 @@ def measured(op, inputs, tries):
 
 def show_times():
     """Forward and backward over lengths, and from where the state is ahead of attention."""
-    print(f"\nforward and backward, ms, {WIDTH} channels, float32, {torch.get_num_threads()} threads "
+    print(f"\nforward and backward, ms; {WIDTH} channels, float32, {torch.get_num_threads()} threads "
           "(attention: torch's)")
     names, times, memory = list(heads_of_each(1)), {}, {}
     print(f"{'T':>9}" + "".join(f"{name:>14}" for name in names))
@@ -2246,7 +2250,7 @@ def show_steps():
         attend = micros(lambda: F.scaled_dot_product_attention(k[:, :, None], *keys))
         return zip((attend, keys.nbytes), *cells)
     rows = [(T, *after(T)) for T in (1024, 65536)]
-    print("\none more token after T others, µs (a sequence alone); and what is kept of them, MB\n"
+    print("\none more token after T others, µs (a sequence alone); and what is kept, MB\n"
           f"{'T':>9}" + "".join(f"{name:>14}" for name in ("attention", *ways)))
     for T, times, _ in rows:
         print(f"{T:>9,}" + "".join(f"{t:>14,.0f}" for t in times))

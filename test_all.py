@@ -81,6 +81,11 @@ def run(program, *argv):
     return code, out.getvalue(), err.getvalue()
 
 
+def widest(text):
+    """Columns of the widest line: what is printed is made for a terminal of 80."""
+    return max(len(line.split("\r")[-1]) for line in text.splitlines())
+
+
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
     """A model folder made by train.py: 60 steps of a tiny Transformer."""
@@ -1159,7 +1164,7 @@ def test_flash_kernels_compile_ahead_fit_and_use_the_matrix_units(tmp_path):
 
 def test_flash_proves_its_claims():
     code, out, _ = run(Fl, "--longest", 1024)
-    assert code == 0 and "█" in out
+    assert code == 0 and "█" in out and widest(out) <= 80
 
 
 # What reaches the ops in odd ways: autocast, inference mode, tensors that lie apart, halves.
@@ -1505,7 +1510,7 @@ def test_the_probes_tasks_ask_what_they_say():
 def test_the_probe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Sm, "TASKS", {k: Sm.TASKS[k] for k in ("recall", "parity")})
     code, out, _ = run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)
-    assert code == 0 and (tmp_path / "probe.png").exists()
+    assert code == 0 and (tmp_path / "probe.png").exists() and widest(out.replace(str(tmp_path), "")) <= 80
     assert len((tmp_path / "probe.jsonl").read_text().splitlines()) == 8
     monkeypatch.setattr(Sm, "train_probe", None)                             # all is known by now
     assert run(Sm, "--probe", "--minutes", 0.001, "--out", tmp_path)[1] == out
@@ -2288,6 +2293,7 @@ def test_the_program_shows_what_it_claims(monkeypatch):
     code, out, err = run(M)
     assert code == 0, err
     assert "‹" in out and "F1" in out and "token by token" in out
+    assert widest(re.sub(r"(?s)\n\n.*\n\n", "\n", out)) <= 80              # but for the text, which it did not write
 
 
 def test_the_experiment_goes_on_where_it_stopped(monkeypatch, tmp_path):
@@ -3536,12 +3542,28 @@ def test_presence_and_frequency_count_the_output_alone():
     dict(min_p=float("nan")), dict(presence_penalty=float("nan")), dict(frequency_penalty=float("inf")),
     dict(repetition_penalty=float("nan")), dict(logit_bias={5: float("nan")}), dict(logit_bias={-1: 1.0}),
     dict(logit_bias={"x": 1.0}), dict(logit_bias={10 ** 6: 1.0}), dict(logprobs=-1), dict(logprobs=2.5),
-    dict(prompt_logprobs=-1), dict(top_k=1.5), dict(ignore_eos=3), dict(stop=5)])
+    dict(prompt_logprobs=-1), dict(top_k=1.5), dict(ignore_eos=3), dict(stop=5), dict(presence_penalty=1e300),
+    dict(repetition_penalty=1e-300), dict(logit_bias={5: 1e39}), dict(temperature=1e300)])
 def test_settings_out_of_range_are_refused_by_name(setting, trained):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
         llm(trained).generate(["fine", "x"], **setting)
     assert llm(trained).stats()["running"] == llm(trained).stats()["waiting"] == 0
+
+
+def test_no_setting_that_is_taken_leaves_float32(trained):
+    m = llm(trained)
+    (greedy,) = m.generate("def f(", temperature=0, max_tokens=8)
+    for tiny in (1e-300, 1e-45, 1e-9):
+        (r,) = m.generate("def f(", temperature=tiny, max_tokens=8, seed=1)
+        assert r.tokens == greedy.tokens
+    edges = [dict(temperature=1e30), dict(top_k=2 ** 70), dict(top_k=2 ** 70, top_p=0.9), dict(seed=-2 ** 80),
+             dict(presence_penalty=1e30, frequency_penalty=-1e30), dict(repetition_penalty=1e-30),
+             dict(logit_bias={5: -1e30, 6: 1e30}, temperature=1e-5, top_p=0.5)]
+    for own in edges:                                                        # alone, and beside one that is sorted
+        first, _ = m.generate(["def f(", "x"], max_tokens=6, **{k: [v, dict(top_p=0.9, top_k=3, temperature=1.0,
+                              logit_bias={}).get(k, 0 if k != "repetition_penalty" else 1)] for k, v in own.items()})
+        assert first.finish_reason in ("length", "stop") and first.error is None, own
 
 
 _LLMS = {}
@@ -4026,6 +4048,22 @@ def test_a_chat_message_cannot_forge_a_turn(bpe):
         infer.chat_ids(bpe, ("{{ ''.__class__.__mro__[1].__subclasses__() }}", {}), [])
 
 
+@pytest.mark.parametrize("about, template, said", [
+    (dict(chat_template=5), None, "chat_template is 5"), (dict(chat_template=[5, "x"]), None, None),
+    (dict(chat_template=[dict(name="default", template=[])]), None, "chat_template"),
+    (dict(chat_template=[dict(name="tool", template="x")]), None, None), ({}, b"\xff", "not UTF-8"),
+    (dict(bos_token=5, eos_token=[1]), b"{{ messages }}", None), (dict(bos_token=dict(x=1)), b"x", None)], ids=str)
+def test_a_chat_template_of_nonsense_is_one_line_or_none(about, template, said, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    if template:
+        (tmp_path / "chat_template.jinja").write_bytes(template)
+    if said:
+        with pytest.raises(train.UserError, match=said):
+            infer.chat_template(tmp_path)
+    else:
+        assert infer.chat_template(tmp_path) == (template and (template.decode(), {}))
+
+
 def test_score_is_the_mean_over_every_token(trained, tmp_path):
     m, text = llm(trained), "import os\n\n\ndef main():\n    return os.getcwd()\n"
     ids = m.tokenizer.encode(text)
@@ -4102,6 +4140,31 @@ def test_the_prompt_loop_answers_until_the_input_ends(trained, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal())
     code, out, err = run(infer, "--model", trained, "--max-tokens", 3)
     assert code == 0 and err.count("tokens at") == 2 and "context" in err    # one too long: said, and the loop goes on
+    lines, real = iter(["def f(", "import"]), infer.LLM.step
+
+    def interrupted(m):
+        infer.LLM.step = real
+        raise KeyboardInterrupt
+    infer.LLM.step = interrupted
+    try:
+        code, out, err = run(infer, "--model", trained, "--max-tokens", 3)
+    finally:
+        infer.LLM.step = real
+    assert code == 0 and "stopped" in err and err.count("tokens at") == 1    # Ctrl-C ends a text, not the loop
+
+
+def test_speeds_of_texts_one_after_the_other(trained):
+    for seed in range(8):                                                    # the last may have one token alone
+        code, _, err = run(infer, "x", "--model", trained, "--n", 2, "--max-num-seqs", 1, "--seed", seed, "--regex",
+                           "[a-m]|[n-z]{3,9}", "--max-tokens", 9)
+        assert code == 0 and "tokens at" in err, err
+
+
+def test_a_prompt_of_other_bytes_is_one_clear_line(trained):
+    done = subprocess.run([sys.executable, infer.__file__, "--model", trained], input=b"caf\xe9", capture_output=True,
+                          env=os.environ | dict(PYTHONUTF8="1", PYTHONIOENCODING="utf-8:strict"))
+    assert done.returncode == 2 and b"not utf-8 at byte 3" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_bench_prints_its_record(trained):
@@ -4151,7 +4214,9 @@ def test_every_setting_and_option_is_a_flag(trained):
 @pytest.mark.parametrize("flags", [
     ("--top-p", 2), ("--temperature", "x"), ("--model", "/nowhere"), ("--bench", "hello"), ("--nonsense",),
     ("x", "--max-tokens", 5000), ("--score", "/nowhere.txt"), ("x" * 3000,), ("--bench", "--score", "x"),
-    ("x", "--device", "tpu")])
+    ("x", "--device", "tpu"), ("x", "--logit-bias", "[1]"), ("x", "--logit-bias", "{"),
+    ("x", "--logit-bias", '{"a": 1}'),
+    ("x", "--json-schema", "[" * 100_000), ("x", "--group-size", 2048, "--quantize", "int4")])
 def test_bad_input_to_infer_is_one_clear_line(flags, trained):
     if "--model" not in flags:
         flags += ("--model", trained)
@@ -4652,11 +4717,12 @@ def test_pruned_folders_are_plain_folders(tmp_path):
     (("--quantize", "fp8"), "fp8 needs a GPU"), (("--quantize", "int4", "--group-size", 7), "even"),
     (("--quantize", "int3"), "--quantize"), (("--prune", "all"), "--prune"),
     (("--prune", "magnitude", "--sparsity", "1.5"), "--sparsity"), (("--save", "there"), "--quantize or --prune"),
-    (("--quantize", "gptq", "--data", "/nowhere"), "/nowhere"), (("--compare", "--bench"), "give one")])
+    (("--quantize", "gptq", "--data", "/nowhere"), "/nowhere"), (("--compare", "--bench"), "give one"),
+    (("--quantize", "int8", "--save", __file__), "--save"), (("--compare", "--save", "there"), "--compare")])
 def test_bad_compression_is_one_clear_line(flags, word, tmp_path):
     if GPU and "fp8" in flags:
         pytest.skip("this machine has fp8")
-    code, _, err = run(infer, *(() if "--bench" in flags else ("x",)), "--model", stack("a", tmp_path), *flags)
+    code, _, err = run(infer, *(() if "--compare" in flags else ("x",)), "--model", stack("a", tmp_path), *flags)
     assert code == 2 and word in err.strip().splitlines()[-1] and "Traceback" not in err, err
 
 
@@ -4671,8 +4737,31 @@ def test_folders_of_fewer_bits_that_are_broken_or_anothers_are_refused(tmp_path)
             infer.LLM(tmp_path / "small")
         return str(error.value)
     assert "int3" in says(format="int3") and "group_size" in says(group_size=0)
-    assert "awq" in says(quant_method="awq", group_size=128) and "tensors" in says(format="int8")
-    assert "tensors" in says(group_size=32)
+    assert "awq" in says(quant_method="awq", group_size=128) and "torch.int8" in says(format="int8")
+    assert "tensors" in says(group_size=32) and "group_size" in says(group_size=2 ** 40)
+    for nonsense in ("int4", [1], dict(quant_method=[])):                    # another's, whatever it is
+        path.write_text(json.dumps(raw | dict(quantization_config=nonsense)))
+        with pytest.raises(train.UserError):
+            infer.LLM(tmp_path / "small")
+    path.write_text(json.dumps(raw))
+    weights = tmp_path / "small" / "model.safetensors"
+    good = safetensors.torch.load_file(weights)
+    for name, kind in (("head.q", torch.float32), ("head.scale_zero", torch.int32), ("embed.scale", torch.int8)):
+        safetensors.torch.save_file(good | {name: good[name].to(kind)}, weights)
+        with pytest.raises(train.UserError, match=f"{name} is"):
+            infer.LLM(tmp_path / "small")
+    safetensors.torch.save_file(good, weights)
+    assert infer.LLM(tmp_path / "small").generate([[1]], max_tokens=2)
+    for kind in ("nn", "int8", "no such", 5):
+        with pytest.raises(train.UserError, match="dtype is"):
+            infer.LLM(tmp_path / "small", dtype=kind)
+
+
+def test_a_model_is_never_written_over_itself(tmp_path):
+    folder = stack("a", tmp_path)
+    before = (folder / "model.safetensors").read_bytes()
+    code, _, err = run(infer, "--model", folder, "--quantize", "int8", "--save", f"{folder}/../{folder.name}")
+    assert code == 2 and "another folder" in err and (folder / "model.safetensors").read_bytes() == before
 
 
 def test_one_short_sentence_is_enough_for_gptq(tmp_path):
@@ -4746,6 +4835,11 @@ def test_compare_says_which_to_take(trained, corpus, tmp_path, monkeypatch):
     assert ways["int8"]["bits_per_byte"] / ways["float32"]["bits_per_byte"] - 1 < 0.002
     assert all(r[key] > 0 for r in ways.values() for key in ("decode_1", "decode_8", "prefill", "memory"))
     assert (tmp_path / "compare.png").stat().st_size > 1000
+    base, other = (dict(way=way, bits_per_byte=1.2, memory=1e9, disk=2e10, decode_1=12345.0, decode_8=123456.0,
+                        prefill=1e6, share_1=1.0, share_8=0.5) for way in ("float32", "int8"))
+    monkeypatch.setattr(infer, "compared", lambda args, way, *_: base if way == "float32" else other | dict(way=way))
+    code, out, _ = run(infer, "--model", trained, "--compare", "--data", corpus)
+    assert code == 0 and widest(out) <= 80 and "take --quantize" in out
 
 
 @pytest.mark.parametrize("speeds, want", [
@@ -4859,6 +4953,25 @@ def test_a_draft_that_cannot_be_is_refused(trained, tmp_path):
         infer.LLM(trained, draft="ngram", num_draft_tokens=0)
 
 
+@pytest.mark.parametrize("ours, theirs", [(400, 450), (450, 400)])
+def test_a_draft_may_be_padded_otherwise(ours, theirs, trained, tmp_path):
+    def padded(size):
+        model, tokenizer = train.load(trained)
+        wide, state = train.Model(train.parse_config(model.config.raw | dict(vocab_size=size))), model.state_dict()
+        for name in ("embed.weight", "head.weight"):                         # and the padding shouts
+            state[name] = torch.cat([state[name], torch.full((size - 400, state[name].shape[1]), 9.0)])
+        wide.load_state_dict(state)
+        tmp_path.joinpath(str(size)).mkdir()
+        train.save(wide, tokenizer, tmp_path / str(size))
+        return tmp_path / str(size)
+    m, prompts = infer.LLM(padded(ours), draft=padded(theirs)), ["def f(", [ours - 1, 1, 2]]
+    m.learn, m.costs = lambda *_: None, {(n, False): 1.0 for n in range(99)}
+    asked = dict(max_tokens=12, seed=[3, 4], ignore_eos=True)
+    plain = infer.LLM(tmp_path / str(ours)).generate(prompts, **asked)
+    assert [r.tokens for r in m.generate(prompts, **asked)] == [r.tokens for r in plain]
+    assert m.draft_tokens and idle(m)
+
+
 # --- 13. Constraints: regular expressions and JSON schemas ------------------------------------------------------------
 
 SCHEMAS = [
@@ -4959,6 +5072,23 @@ def test_a_constraint_that_cannot_be_is_refused_before_anything_runs(trained, ar
     with pytest.raises(ValueError, match=f"prompt 1: (?s:.*){said}"):
         m.generate(["x", "y"], max_tokens=4, **{k: [None, v] for k, v in arguments.items()})
     assert idle(m) and m.stats()["waiting"] == 0
+
+
+def test_a_constraint_that_outgrows_its_library_is_an_error_of_its_text_alone(trained, monkeypatch):
+    import llguidance
+    own = infer.Constraints.matcher
+
+    def small(self, sampling):
+        if sampling.regex != "[a-z]+ [0-9]{3}":
+            return own(self, sampling)
+        return llguidance.LLMatcher(self.tokens, llguidance.LLMatcher.grammar_from_regex(sampling.regex), log_level=0,
+                                    limits=llguidance.LLParserLimits(step_lexer_fuel=1, step_max_items=1))
+    monkeypatch.setattr(infer.Constraints, "matcher", small)
+    m, patterns = infer.LLM(trained), [None, "[a-z]+ [0-9]{3}", "(yes|no)"]
+    free, broken, other = m.generate(["x"] * 3, max_tokens=6, regex=patterns, seed=[1, 2, 3])
+    assert broken.finish_reason == "error" and "constraint" in broken.error and broken.text == ""
+    assert free.tokens == m.generate("x", max_tokens=6, seed=1)[0].tokens and other.text in ("yes", "no")
+    assert idle(m)
 
 
 def test_constraints_from_the_command_line(trained):
@@ -5303,6 +5433,10 @@ def test_a_body_that_is_no_request_is_refused_and_nothing_else_happens(served):
                  b'{"prompt": "\x00"}'):
         served.refused(TEXT, data)
     assert served.refused(TEXT, b'{"a": 1, "a": 2}')["param"] == "a"
+    names = ", ".join(f'"{i:x}": 0' for i in range(300_000))                 # one look at each, not at each pair
+    assert served.refused(TEXT, f'{{{names}, "z": 1, "z": 2}}'.encode())["param"] == "z"
+    many = served.refused(CHAT, dict(messages=[dict(role="user", content="a")] * 100_000))
+    assert many["code"] == "context_length_exceeded" and many["param"] == "messages"
     served.refused(TEXT, b"prompt=x", 415, content_type="application/x-www-form-urlencoded")
     served.refused(TEXT, b"x" * (infer.BODY + 1), 413)
     served.refused("/nowhere", None, 404)
@@ -5453,6 +5587,19 @@ def test_a_step_that_fails_ends_its_texts_with_an_error_and_the_engine_goes_on(s
     s.llm.forward = real
     assert s.quiet() and s.good(TEXT, **body)["usage"]["completion_tokens"] == 20
     assert "out of memory" in capfd.readouterr().err
+
+
+def test_a_step_that_fails_leaves_nothing_of_its_drafts(small):
+    s = small(draft="self")
+    real, s.llm.costs = s.llm.forward, {(1, False): 1.0}
+
+    def failing(segments):
+        if any(r.drafts for r, _, _ in segments):
+            raise RuntimeError("out of memory")
+        return real(segments)
+    s.llm.forward = failing
+    s.refused(TEXT, dict(prompt="x", max_tokens=20, ignore_eos=True), 500)
+    assert not s.llm.drafter.texts and s.quiet()
 
 
 def test_many_at_once_each_as_if_alone(served):
@@ -6071,7 +6218,7 @@ def test_programs_answer_from_a_shell(program, tmp_path):
     flags = ["--help"] if program != "attention.py" else []
     done = subprocess.run([sys.executable, HERE / program, *flags], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120)
-    assert done.returncode == 0 and done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout and widest(done.stdout) <= 80, done.stderr
 
 
 @pytest.mark.parametrize("program", ["hw_profile.py", "train.py"])

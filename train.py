@@ -494,10 +494,10 @@ def validation_files(root, files):
 def documents(root, files, read):
     """Yield (is validation, text, whether a document ends here). One single file: its last tenth is for validation."""
     if len(files) == 1:
-        whole = read(files[0])
-        cut = len(whole) * 9 // 10
-        yield False, whole[:cut], False
-        yield True, whole[cut:], True
+        text = read(files[0])
+        cut = len(text) * 9 // 10
+        yield False, text[:cut], False
+        yield True, text[cut:], True
     else:
         chosen = validation_files(root, files)
         for path in files:
@@ -545,8 +545,8 @@ def kept_tokens(folder):
     """What about.json says of a corpus in the cache; None where not all of it is there."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in about["sizes"].items())
-        return about if whole and about["digest"] else None
+        there = all((folder / name).stat().st_size == size for name, size in about["sizes"].items())
+        return about if there and about["digest"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -1101,7 +1101,7 @@ def read_json(path):
 def shards(folder):
     """{tensor name: file} of a folder. The files that an index names win; if one is missing, a whole file stands in."""
     folder = Path(folder)
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         listed = read_json(index).get("weight_map") or {}
         if not isinstance(listed, dict) or any(not isinstance(f, str) or Path(f).name != f for f in listed.values()):
@@ -1109,14 +1109,14 @@ def shards(folder):
         missing = sorted({f for f in listed.values() if not (folder / f).is_file()})
         if not missing:
             return {name: folder / file for name, file in listed.items()}
-        if not whole.exists():
+        if not single.exists():
             raise UserError(f"{folder / missing[0]}: not there, though {index.name} names it; "
                             "the download is incomplete")
-    if not whole.exists():
-        raise UserError(f"{whole}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
+    if not single.exists():
+        raise UserError(f"{single}: not there; a model folder has config.json, model.safetensors and tokenizer.json "
                         "(python train.py makes one)")
-    with open_shard(whole) as f:
-        return dict.fromkeys(f.keys(), whole)
+    with open_shard(single) as f:
+        return dict.fromkeys(f.keys(), single)
 
 
 def open_shard(path):
@@ -1161,6 +1161,15 @@ def empty_model(config, dtype=torch.float32, device="cpu"):
             kind.reset_parameters = reset
 
 
+def dtype_for(dtype, raw, device):
+    """The torch.dtype, or its name, that weights are wanted in; None: float32 on a CPU, else what config.json says."""
+    dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise UserError(f"dtype is {dtype!r}: it must be float32, bfloat16 or float16")
+    return found
+
+
 def load(folder, device=None, dtype=None):
     """A folder of weights (ours, or Hugging Face's Qwen3, Qwen2, Llama, Mistral) → (model, tokenizer), ready to run.
 
@@ -1174,9 +1183,7 @@ def load(folder, device=None, dtype=None):
     config = parse_config(raw, read_json(generation) if generation.exists() else None)
     if raw.get("quantization_config"):
         raise UserError(f"{folder}: its weights are in fewer bits: infer.py runs it, what it was made from trains")
-    dtype = dtype or ("float32" if device == "cpu" else raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    model = empty_model(config, dtype, device)
+    model = empty_model(config, dtype_for(dtype, raw, device), device)
     load_weights(model, folder)
     return model.eval(), load_tokenizer(folder, config.eos_ids)
 
@@ -1253,9 +1260,9 @@ def orthogonalize(x, dtype=None):
     Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a
     singular value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
     """
-    kind = x.dtype
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)).to(dtype or kind)            # singular values
-    for a, b, c in NEWTON_SCHULZ:                                            # within 0 … 1
+    kind = x.dtype                                                           # singular values within 0 … 1:
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)).to(dtype or kind)
+    for a, b, c in NEWTON_SCHULZ:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.to(kind)
@@ -1383,6 +1390,16 @@ def schedule(done):
     return min(1.0, 0.05 + 0.95 * (1 - done) / 0.7)
 
 
+def _epoch(n, context, seed, epoch):
+    key = (n, context, seed, epoch)
+    if key not in _EPOCHS:
+        _EPOCHS.clear()
+        rng = np.random.default_rng([seed, epoch])
+        per_epoch = max(1, (n - 1) // context - 1)
+        _EPOCHS[key] = int(rng.integers(min(context, n - 1 - per_epoch * context) + 1)), rng.permutation(per_epoch)
+    return _EPOCHS[key]
+
+
 def window_starts(tokens, context, seed, first, count):
     """Where windows number first … first + count − 1 of a run begin: each epoch a new shuffle of the windows, laid at a
     new offset. A function of its arguments alone, so that a resumed run goes on as if it had never stopped.
@@ -1396,16 +1413,6 @@ def window_starts(tokens, context, seed, first, count):
 
 
 _EPOCHS = {}
-
-
-def _epoch(n, context, seed, epoch):
-    key = (n, context, seed, epoch)
-    if key not in _EPOCHS:
-        _EPOCHS.clear()
-        rng = np.random.default_rng([seed, epoch])
-        per_epoch = max(1, (n - 1) // context - 1)
-        _EPOCHS[key] = int(rng.integers(min(context, n - 1 - per_epoch * context) + 1)), rng.permutation(per_epoch)
-    return _EPOCHS[key]
 
 
 def batch_at(tokens, starts, context, device="cpu"):
@@ -1438,8 +1445,8 @@ def evaluate(model, tokens, context, lengths, limit=None, dtype="float32"):
     nats, count, text = 0.0, 0, 0
     chosen, rows = [int(i) for i in chosen], max(1, (4096 if device.type == "cpu" else 2 ** 16) // context)
     for group in [chosen[i:i + rows] for i in range(0, len(chosen), rows)]:
-        whole = [i for i in group if (i + 1) * context < len(tokens)]
-        for part in (whole, *([i] for i in group if i not in whole)):        # the last window may be shorter
+        full = [i for i in group if (i + 1) * context < len(tokens)]
+        for part in (full, *([i] for i in group if i not in full)):         # the last window may be shorter
             if not part:
                 continue
             width = min(context, len(tokens) - 1 - part[0] * context)
@@ -1945,6 +1952,11 @@ WARM_COMPILE, COMPILE_PAYS = 5.0, 200.0                                      # s
                                                                              # in a run that repay compiling without
 
 
+def counted(n, noun):
+    """1 layer, 2 layers."""
+    return f"{n:,.10g} {noun}{'' if n == 1 else 's'}"
+
+
 def whole_tokens(total):
     """Tokens of validation at the end of a run of `total` seconds (None: by steps): all, unless that takes long."""
     return 2 ** 20 if total is None or total > 120 else 2 ** 16
@@ -1968,10 +1980,10 @@ def finish(run):
     run.record(val_loss, val_bpb, run.log[-1]["tokens_per_second"] if run.log else None)
     run.save()
     print(f"\nvalidation   {val_bpb:.3f} bits per byte ({val_loss:.3f} nats per token) "
-          f"after {run.step:,} steps, {run.tokens / 1e6:.2f} M tokens"
+          f"after {counted(run.step, 'step')}, {run.tokens / 1e6:.2f} M tokens"
           + (f",\n             on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
     if run.read() >= 1:
-        print(f"             the text was read {run.tokens / len(corpus.train):.0f} times, and reading on would be "
+        print(f"             the text was read {counted(round(run.tokens / len(corpus.train)), 'time')}, and reading on would be "
               "learning by heart: give more (--data), or --passes")
     print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(corpus.val_text).items())
           + ("   on the same text" if corpus.val_bytes <= VAL_TEXT else f"   on its first {VAL_TEXT >> 20} MB"))
@@ -1985,7 +1997,7 @@ def finish(run):
         start = start + corpus.tokenizer.encode(PROMPT)
     sample = write_samples(model, corpus.tokenizer, start, length=room, seed=s["seed"])[0]
     print(f"\n{sample}\n")
-    title = (f"{corpus.files:,} files · {len(model.blocks)} layers × {model.config.dim} · "
+    title = (f"{counted(corpus.files, 'file')} · {counted(len(model.blocks), 'layer')} × {model.config.dim} · "
              f"{run.tokens / 1e6:.1f} M tokens")
     if not run.processes.rank:
         try:
@@ -2141,14 +2153,14 @@ def compiler_there():
             or shutil.which(os.environ.get("CXX") or ("cl" if os.name == "nt" else "g++")) is not None)
 
 
-def writable(out):
-    """Make the folder --out; UserError where it cannot be written."""
+def writable(out, flag="--out"):
+    """Make a folder that is to be written; UserError where it cannot be."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{flag} {out}: cannot be written ({error.strerror})") from None
 
 
 def read_state(out):
@@ -2200,7 +2212,7 @@ def prepare(args, processes):
         over = (settings["minutes"] == state["settings"]["minutes"] and not args.passes if settings["minutes"]
                 else settings["steps"] <= state["step"])
         if state["finished"] and over:
-            print(f"the run in {args.out} is finished, after {state['step']:,} steps; "
+            print(f"the run in {args.out} is finished, after {counted(state['step'], 'step')}; "
                   "more --minutes or --steps go on with it")
             return None
     device = pick_device(settings["device"] if state else args.device)
@@ -2262,20 +2274,20 @@ def prepare(args, processes):
     c = model.config
     size = sum(w.numel() for w in model.parameters())
     token_bytes = (corpus.train_bytes + corpus.val_bytes) / max(1, len(corpus.train) + len(corpus.val))
-    print(f"data         {corpus.files:,} files, {corpus.train_bytes / 1e6:.1f} MB to train on, "
+    print(f"data         {counted(corpus.files, 'file')}, {corpus.train_bytes / 1e6:.1f} MB to train on, "
           f"{corpus.val_bytes / 1e6:.2f} MB to validate\n"
           f"tokens       {corpus.tokenizer.vocab_size:,}, of {token_bytes:.2f} bytes on average")
     if not 0.01 < corpus.val_bytes / (corpus.train_bytes + corpus.val_bytes) < 0.3:
         print("             (a hash of names divides so few files unevenly: more files, or one, divide better)")
-    print(f"model        {len(c.layers)} layers × {c.dim}, "
+    print(f"model        {counted(len(c.layers), 'layer')} × {c.dim}, "
           + ("" if set(c.layers) == {"a"} else f"{c.layers}, ")
-          + (f"{c.heads} heads ({c.kv_heads} kv) of {c.head_dim}, " if "a" in c.layers.lower() else "")
+          + (f"{counted(c.heads, 'head')} ({c.kv_heads} kv) of {c.head_dim}, " if "a" in c.layers.lower() else "")
           + f"{size / 1e6:.2f} M parameters")
     if machine:
-        print(f"machine      {device}, {torch.get_num_threads()} threads: "
+        print(f"machine      {device}, {counted(torch.get_num_threads(), 'thread')}: "
               + ", ".join(f"{str(k).split('.')[1]} {v / 1e9:,.0f}" for k, v in machine.flops.items())
               + f" GFLOP/s; memory {machine.bandwidth / 1e9:.0f} GB/s")
-    length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{settings['steps']:,} steps"
+    length = counted(settings["minutes"], "minute") if settings["minutes"] else counted(settings["steps"], "step")
     print(f"run          {length} of {settings['batch']} × {context} tokens, {settings['dtype']}"
           + (f", {processes.size} processes" if processes.size > 1 else "")
           + (f", from step {run.step:,}" if state else ""), flush=True)
