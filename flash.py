@@ -1110,8 +1110,8 @@ def show_speed(longest):
     copy = 2 * source.nbytes / 1e6 / milliseconds(lambda: copied.copy_(source))
     print(f"\n{torch.cuda.get_device_name()}, {str(dtype)[6:]}: a matrix product does {product:,.0f} TFLOP/s,\n"
           f"a copy moves {copy:,.0f} GB/s. TFLOP/s forward and backward, 16,384 tokens of 2,048\n"
-          f"channels; what causality leaves out is not counted\n\n{'D':>5}{'causal':>8}{'T':>8}{'flash.py':>18}{'torch flash':>18}"
-          f"{'torch cuDNN':>18}")
+          f"channels; what causality leaves out is not counted\n\n{'D':>5}{'causal':>8}{'T':>8}"
+          f"{'flash.py':>18}{'torch flash':>18}{'torch cuDNN':>18}")
 
     def backend(which):
         def attend(q, k, v, causal):
@@ -1170,7 +1170,8 @@ def main(argv=None):
     op = [y, *torch.autograd.grad(y, x, torch.tensor(do, dtype=torch.float32))]
     off = lambda a, b: max(np.abs(s - t).max() / np.abs(t).max() for s, t in zip(a, b))
     print("\nTiled against the whole matrix, output and gradients, relative:\n"
-          f"NumPy in float64 {off(*twins):.0e}, the op in float32 {off([t.numpy(force=True) for t in op], twins[1]):.0e}")
+          f"NumPy in float64 {off(*twins):.0e}, the op in float32 "
+          f"{off([t.numpy(force=True) for t in op], twins[1]):.0e}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_growth(device, longest)
     if device == "cuda" and triton:

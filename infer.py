@@ -1751,7 +1751,7 @@ def hidden_states(model, cache, segments):
         return torch.cat([hidden_states(model, cache, piece) for piece in pieces(segments, PASS)])
     rows = ((r.ids[start:stop] + r.drafts)[:stop - start] for r, start, stop in segments)
     tokens = torch.tensor([[token for row in rows for token in row]], device=device)
-    with torch.inference_mode(False):                                        # has a version: layers share what they make
+    with torch.inference_mode(False):                                        # it has a version: layers share its table
         positions = torch.tensor([i for _, start, stop in segments for i in range(start, stop)], device=device)
     return model.hidden(tokens, positions, cache.states(segments))[0]
 

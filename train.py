@@ -1983,8 +1983,9 @@ def finish(run):
           f"after {counted(run.step, 'step')}, {run.tokens / 1e6:.2f} M tokens"
           + (f",\n             on {limit:,} of its {len(corpus.val):,} tokens" if limit < len(corpus.val) else ""))
     if run.read() >= 1:
-        print(f"             the text was read {counted(round(run.tokens / len(corpus.train)), 'time')}, and reading on would be "
-              "learning by heart: give more (--data), or --passes")
+        times = counted(round(run.tokens / len(corpus.train)), "time")
+        print(f"             the text was read {times}, and reading on would be learning by heart:\n"
+              "             give more (--data), or --passes")
     print("             " + "   ".join(f"{name} {bits:.3f}" for name, bits in compressors(corpus.val_text).items())
           + ("   on the same text" if corpus.val_bytes <= VAL_TEXT else f"   on its first {VAL_TEXT >> 20} MB"))
     start = corpus.tokenizer.eos_ids[:1] or corpus.tokenizer.encode("\n")
