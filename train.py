@@ -2129,7 +2129,10 @@ def plan(args, machine, processes, width=None):
     headed = set(s["layers"].lower()) & {"a", "d"}
     if (args.heads or args.kv_heads) and not headed:
         raise UserError(f"--{'heads' if args.heads else 'kv-heads'}: no block of {s['layers']} has heads to choose")
-    heads = s["heads"] = args.heads or max(1, s["dim"] // 64)
+    # Heads of 64, but at least four: two find later in a run how to look back for what followed last time. Of the delta
+    # rule the state would shrink with its heads.
+    few = 4 if headed == {"a"} and s["dim"] % 8 == 0 else 1
+    heads = s["heads"] = args.heads or max(few, s["dim"] // 64)
     if headed and (s["dim"] % heads or s["dim"] // heads % 2):
         raise UserError(f"--dim {s['dim']} and --heads {heads}: the head size must come out whole and even")
     s["kv_heads"] = args.kv_heads or (heads // 2 if heads >= 8 and heads % 2 == 0 else heads)
