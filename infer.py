@@ -476,6 +476,7 @@ class Int8(Compressed):
         self.register_buffer("scale", scale)
 
     def ready(self, single=False):
+        """Pack for torch's product of integers; `single`: and keep the weights, for compiled steps of one row."""
         if self.q.device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
             zeros = torch.zeros(len(self.q), dtype=torch.int64)
             before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
@@ -532,7 +533,7 @@ class Int4(Compressed):
     def read(self):
         return self.q.numel() + 2 * self.scale_zero.numel()
 
-    def ready(self, single=False):
+    def ready(self):
         """Pack for torch's product where it takes this shape: groups of 32, 64, 128 or 256, outputs in sixteens."""
         if self.q.device.type == "cpu" and self.group in (32, 64, 128, 256):
             q = torch.stack([self.q & 15, self.q >> 4], 2).flatten(1).int()  # [O, G · group]
@@ -543,12 +544,9 @@ class Int4(Compressed):
 
     def weights(self, dtype):
         """→ w [O, I], unpacked."""
-        O, G, half = self.q.shape
-        w = torch.empty(O, G, 2, half, dtype=dtype, device=self.q.device)
-        for i, part in enumerate((self.q & 15, self.q >> 4)):
-            w[:, :, i] = part.view(torch.int8).sub_(8)                       # while it is a byte, not yet four
+        w = torch.stack([self.q & 15, self.q >> 4], 2).to(dtype).flatten(2)
         scale, zero = self.scale_zero.to(dtype)[..., None].unbind(2)
-        return w.flatten(2).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
+        return w.sub_(8).mul_(scale).add_(zero).flatten(1)[:, :self.in_features]
 
     def forward(self, x):
         x, dtype = self.scaled(x), x.dtype
@@ -572,7 +570,7 @@ class Fp8(Compressed):
         self.register_buffer("q", (w / scale[:, None]).to(torch.float8_e4m3fn))
         self.register_buffer("scale", scale)
 
-    def ready(self, single=False):
+    def ready(self):
         return self
 
     def forward(self, x):
@@ -737,10 +735,10 @@ def compress(model, quantize=None, group_size=64, ids=None, prune=None, sparsity
 
 
 def ready(model, single=False):
-    """Lay all layers of fewer bits out for the device they are on; `single`: for compiled steps of one row, too."""
+    """Lay all layers of fewer bits out for the device they are on. single: steps are compiled, and of one row."""
     for module in model.modules():
         if isinstance(module, Compressed):
-            module.ready(single)
+            module.ready(single) if isinstance(module, Int8) else module.ready()
     return model
 
 
@@ -1425,20 +1423,20 @@ class Sampling:
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
         need(self.max_tokens is None or whole(self.max_tokens) and self.max_tokens >= 1,
              "max_tokens", "a whole number from 1")
-        need(number(self.temperature) and self.temperature >= 0, "temperature", "a number from 0 (greedy) up")
+        need(number(self.temperature) and self.temperature >= 0, "temperature", "a number from 0 (greedy) to 1e30")
         need(whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number from 0 (off) up")
         need(number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "from 0 (greedy) to 1 (off)")
         need(number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 (off) to 1")
         need(number(self.repetition_penalty) and self.repetition_penalty >= 1e-30,
-             "repetition_penalty", "a number above 0 (1: off)")
+             "repetition_penalty", "a number from 1e-30 to 1e30 (1: off)")
         for name in ("presence_penalty", "frequency_penalty"):
-            need(number(getattr(self, name)), name, "a number (0: off)")
+            need(number(getattr(self, name)), name, "a number within ±1e30 (0: off)")
         try:
             bias = {int(token): value for token, value in dict(self.logit_bias or {}).items()}
         except (TypeError, ValueError):
             bias = {-1: 0}
         need(all(0 <= token < V and number(value) for token, value in bias.items()),
-             "logit_bias", f"numbers by tokens from 0 to {V - 1}")
+             "logit_bias", f"numbers within ±1e30 by tokens from 0 to {V - 1}")
         self.logit_bias, self.top_k = bias, min(self.top_k, V)
         need(self.seed is None or whole(self.seed), "seed", "a whole number")
         need(whole(self.n) and self.n >= 1, "n", "a whole number from 1")
@@ -2586,15 +2584,23 @@ def bound(llm, machine, batch, context):
 
 # --- 8. Chat templates and scores -------------------------------------------------------------------------------------
 
+def short(value):
+    """A value as an error names it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
 def chat_template(folder):
     """A folder's chat template (chat_template.jinja or tokenizer_config.json) → (text, its variables), or None."""
     folder = Path(folder)
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     about = train.read_json(path) if path.exists() else {}
-    named = about.get("chat_template")
-    every = named if isinstance(named, list) else [dict(name="default", template=named)]
-    found = {t.get("name"): t.get("template") for t in every if isinstance(t, dict)}
-    template = train.read_text(own) if own.exists() else found.get("default")
+    template = about.get("chat_template")
+    if isinstance(template, list):
+        wanted = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+        template = next(wanted, {}).get("template")
+    if own.exists():
+        template = train.read_text(own)
     if template is not None and not isinstance(template, str):
         raise UserError(f"{path}: chat_template is {short(template)}: it must be text")
     name = lambda t: t.get("content") if isinstance(t, dict) else t
@@ -2627,8 +2633,8 @@ def chat_ids(tokenizer, template, messages):
     """
     source, variables = template
     markers = sorted(tokenizer.special, key=len, reverse=True)
-    tails, heads = (tuple(part for m in markers for k in range(1, len(m)) for part in [cut(m, k)])
-                    for cut in (lambda m, k: m[k:], lambda m, k: m[:k]))
+    tails = tuple(m[k:] for m in markers for k in range(1, len(m)))
+    heads = tuple(m[:k] for m in markers for k in range(1, len(m)))
 
     def disarm(text):
         text = train.mend(text).replace(BREAK, "\ufffd")
@@ -2972,11 +2978,6 @@ def parse_body(data, kind=b"application/json"):
     return body
 
 
-def short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
-
-
 class Fields:
     """A JSON object, taken apart by name. What nobody took stays in `left`."""
 
@@ -3069,10 +3070,8 @@ class Job:
         """The fields that both dialects share → settings of `Sampling`."""
         settings = dict(n=1) | {name: value for name, (kind, low, high) in SETTINGS.items()
                                 if (value := fields.take(name, kind, None, low, high)) is not None}
-        if 0 < settings.get("temperature", 1) < 0.01:
-            settings["temperature"] = 0.01                                   # logits divided by less leave float32
         if "top_k" in settings:
-            settings["top_k"] = min(max(settings["top_k"], 0), self.llm.model.config.vocab)
+            settings["top_k"] = max(settings["top_k"], 0)                    # −1 is off, too
         stop = fields.take("stop", (str, list), [])
         stop = [stop] if isinstance(stop, str) else stop
         if len(stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_LENGTH for s in stop):

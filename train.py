@@ -1260,7 +1260,8 @@ def orthogonalize(x, dtype=None):
     Three Newton–Schulz steps, each with coefficients of its own (as Polar Express has them), fitted together: a
     singular value from 0.01 to 1 ends between 0.68 and 1.24; smaller ones grow 70-fold.
     """
-    kind = x.dtype                                                           # singular values within 0 … 1:
+    kind = x.dtype
+    # Divided so that no singular value is beyond 1.
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)).to(dtype or kind)
     for a, b, c in NEWTON_SCHULZ:
         s = x @ x.mT
@@ -1390,6 +1391,9 @@ def schedule(done):
     return min(1.0, 0.05 + 0.95 * (1 - done) / 0.7)
 
 
+_EPOCHS = {}
+
+
 def _epoch(n, context, seed, epoch):
     key = (n, context, seed, epoch)
     if key not in _EPOCHS:
@@ -1410,9 +1414,6 @@ def window_starts(tokens, context, seed, first, count):
         offset, order = _epoch(len(tokens), context, seed, epoch)
         starts += (order[i:i + count - len(starts)] * context + offset).tolist()
     return starts
-
-
-_EPOCHS = {}
 
 
 def batch_at(tokens, starts, context, device="cpu"):
@@ -1446,7 +1447,7 @@ def evaluate(model, tokens, context, lengths, limit=None, dtype="float32"):
     chosen, rows = [int(i) for i in chosen], max(1, (4096 if device.type == "cpu" else 2 ** 16) // context)
     for group in [chosen[i:i + rows] for i in range(0, len(chosen), rows)]:
         full = [i for i in group if (i + 1) * context < len(tokens)]
-        for part in (full, *([i] for i in group if i not in full)):         # the last window may be shorter
+        for part in (full, *([i] for i in group if i not in full)):          # the last window may be shorter
             if not part:
                 continue
             width = min(context, len(tokens) - 1 - part[0] * context)
