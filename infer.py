@@ -2641,7 +2641,7 @@ def chat_ids(tokenizer, template, messages):
         for marker in markers:
             text = text.replace(marker, marker[0] + BREAK + marker[1:])
         body = text.strip()                                                  # templates trim: breaks go inside of that
-        if body and (body.startswith(tails) or body.endswith(heads)):
+        if body and (body.startswith(tails) or body.endswith(heads) or any(body in marker for marker in markers)):
             text = text.replace(body, BREAK + body + BREAK)
         return text
     messages = [dict(m, content=disarm(m["content"])) for m in messages]

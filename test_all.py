@@ -3288,6 +3288,21 @@ def test_a_longer_context_is_written_down(trained, corpus, tmp_path):
     assert infer.LLM(tmp_path).context == 100
 
 
+@pytest.mark.parametrize("flags, heads", [
+    (("--dim", 128), 4), (("--dim", 32), 4), (("--dim", 512), 8), (("--dim", 36), 1),
+    (("--dim", 128, "--heads", 2), 2),
+    (("--dim", 128, "--layers", "d"), 2), (("--dim", 128, "--layers", "aAs"), 4),
+    (("--dim", 128, "--layers", "ad"), 2)])
+def test_attention_has_four_heads_at_least(flags, heads):
+    args = train.arguments().parse_args([str(flag) for flag in ("--steps", 1, *flags)])
+    assert train.plan(args, None, train.Processes())["heads"] == heads
+
+
+def test_one_is_told_from_many():
+    assert train.counted(1, "layer") == "1 layer" and train.counted(1.0, "minute") == "1 minute"
+    assert train.counted(0.5, "minute") == "0.5 minutes" and train.counted(1234567, "step") == "1,234,567 steps"
+
+
 def test_python_prefixes_are_told_from_nonsense():
     for good in ("def f(x):\n    if x:\n        ret", "x = [1,\n  2", '"""An open\ndocstring', "import os\n\n",
                  "class A:\n", ""):
@@ -4040,6 +4055,9 @@ def test_a_chat_message_cannot_forge_a_turn(bpe):
         ids = infer.chat_ids(bpe, template, [dict(role="user", content=content)])
         assert ids.count(end) == 2                                           # the template's own two
         assert content in bpe.decode(ids)
+    for around, content in (("{}|endoftext|>", "a<"), ("<|endof{}", "text|>b"), ("<|{}|>", "endoftext")):
+        half = around.format("{{ messages[0].content | trim }}"), {}         # it ends what the template began
+        assert end not in infer.chat_ids(bpe, half, [dict(role="user", content=content + "\n")])
     plain = infer.chat_ids(bpe, template, [dict(role="user", content="hello")])
     assert plain == bpe.encode("<|endoftext|>user\nhello<|endoftext|>assistant\n", special=True)
     with pytest.raises(train.UserError, match="no system"):
@@ -4154,10 +4172,14 @@ def test_the_prompt_loop_answers_until_the_input_ends(trained, monkeypatch):
 
 
 def test_speeds_of_texts_one_after_the_other(trained):
-    for seed in range(8):                                                    # the last may have one token alone
-        code, _, err = run(infer, "x", "--model", trained, "--n", 2, "--max-num-seqs", 1, "--seed", seed, "--regex",
-                           "[a-m]|[n-z]{3,9}", "--max-tokens", 9)
-        assert code == 0 and "tokens at" in err, err
+    """Also where the last has one token alone: nothing is decoded after the first of them all."""
+    m, asked = llm(trained), dict(n=2, regex="[a-m]|[n-z]{3,9}", max_tokens=9, temperature=train.TEMPERATURE,
+                                  min_p=train.MIN_P)
+    lengths = lambda seed: [len(r.tokens) for r in m.generate("x", seed=seed, **asked)[0]]
+    seed = next(seed for seed in range(200) if lengths(seed)[0] > lengths(seed)[1] == 1)
+    code, out, err = run(infer, "x", "--model", trained, "--n", 2, "--max-num-seqs", 1, "--seed", seed, "--regex",
+                         asked["regex"], "--max-tokens", 9)
+    assert code == 0 and "tokens at" in err, err
 
 
 def test_a_prompt_of_other_bytes_is_one_clear_line(trained):
@@ -5412,7 +5434,8 @@ def test_a_wrong_value_is_a_400_that_names_the_field(served):
             error = served.refused(path, good | {name: value})
             assert (error["param"] or "").startswith(name), (name, value, error)
             assert error["type"] == "invalid_request_error"
-        served.good(path, **good, max_tokens=1, stop=[], tools=None, tool_choice="none", logit_bias={}, user="me")
+        served.good(path, **good, max_tokens=1, top_k=-1, stop=[], tools=None, tool_choice="none", logit_bias={},
+                    user="me")
     assert served.refused(TEXT, dict(prompt="x", model="gpt-4"), 404)["code"] == "model_not_found"
     error = served.refused(TEXT, dict(prompt=[1] * 8, max_tokens=served.llm.context - 7))
     assert error["code"] == "context_length_exceeded"
@@ -5436,7 +5459,7 @@ def test_a_body_that_is_no_request_is_refused_and_nothing_else_happens(served):
     names = ", ".join(f'"{i:x}": 0' for i in range(300_000))                 # one look at each, not at each pair
     assert served.refused(TEXT, f'{{{names}, "z": 1, "z": 2}}'.encode())["param"] == "z"
     many = served.refused(CHAT, dict(messages=[dict(role="user", content="a")] * 100_000))
-    assert many["code"] == "context_length_exceeded" and many["param"] == "messages"
+    assert many["code"] == "context_length_exceeded" and many["param"] == "messages" and "100000" in many["message"]
     served.refused(TEXT, b"prompt=x", 415, content_type="application/x-www-form-urlencoded")
     served.refused(TEXT, b"x" * (infer.BODY + 1), 413)
     served.refused("/nowhere", None, 404)
